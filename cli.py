@@ -1,0 +1,188 @@
+"""The strict command line: presets and flags become a checked config before anything starts.
+
+Order of precedence: flag > YAML preset > default. Everything is text until a field's annotation
+coerces it, so YAML's reading of `3:1` as 181 and fire's reading of `false` as a true string cannot
+happen. `python train_kd.py --help` lists every field. No torch import here.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+import os
+import sys
+import typing
+from pathlib import Path
+
+import yaml
+
+from config import REFUSED, STAGES, DistillConfig, StageConfig, UserError
+
+
+def _coerce(flag: str, text, annotation, meta):
+    """Value of `text` under a field's annotation and allowed range, or UserError."""
+    kind = annotation.__name__ if isinstance(annotation, type) else str(annotation)
+    raw = str(text).strip()
+    try:
+        if annotation is bool:
+            value = {"true": True, "1": True, "yes": True, "false": False, "0": False,
+                     "no": False}[raw.lower()]  # fmt: skip
+        elif annotation is int:
+            number = float(raw.replace("_", ""))
+            value = int(raw.replace("_", "")) if raw.lstrip("+-").isdigit() else int(number)
+            if value != number:
+                raise ValueError
+        elif annotation is float:
+            value = float(raw)
+            if not math.isfinite(value):
+                raise ValueError
+        else:
+            value = raw
+    except (KeyError, ValueError, OverflowError):
+        kind = "true or false" if annotation is bool else kind
+        raise UserError(f"--{flag}: '{raw}' found, {kind} expected") from None
+    choices, low, high = meta.get("choices"), meta.get("low"), meta.get("high")
+    if choices:
+        value = value.lower()
+        value = {"1": "true", "yes": "true", "0": "false", "no": "false"}.get(value, value)
+        if value not in choices:
+            raise UserError(f"--{flag}: '{raw}' found, one of {', '.join(choices)} expected")
+    if low is not None and value < low:
+        raise UserError(f"--{flag}: {raw} found, at least {low} expected")
+    if high is not None and value > high:
+        raise UserError(f"--{flag}: {raw} found, at most {high} expected")
+    return value
+
+
+def _slots(cls) -> dict[str, tuple]:
+    """flag -> (stage or None, field, annotation) for every setting of a config class."""
+    hints = typing.get_type_hints(cls)
+    slots = {}
+    for f in dataclasses.fields(cls):
+        stage = f.metadata.get("stage")
+        if stage is None:
+            slots[f.name] = (None, f, hints[f.name])
+            continue
+        inner = typing.get_type_hints(StageConfig)
+        for g in dataclasses.fields(StageConfig):
+            slots[f"{stage}_{g.name}"] = (stage, g, inner[g.name])
+    return slots
+
+
+def _set_all(cfg, values: dict, origin: str) -> None:
+    slots = _slots(type(cfg))
+    for flag, text in values.items():
+        refused = REFUSED.get(type(cfg), {}).get(flag)
+        if refused:
+            raise UserError(f"{origin}{flag}: not taken here: {refused}")
+        if flag not in slots:
+            near = difflib.get_close_matches(flag, list(slots), 1)
+            hint = f"; did you mean --{near[0]}?" if near else "; --help lists every flag"
+            raise UserError(f"{origin}{flag}: unknown (value '{text}'){hint}")
+        stage, f, annotation = slots[flag]
+        target = getattr(cfg, stage) if stage else cfg
+        setattr(target, f.name, _coerce(flag, text, annotation, f.metadata))
+
+
+def read_yaml(path: str | Path) -> dict[str, str]:
+    """A preset as flat flag -> text. Stage settings may be nested (`align: {lr: 1e-3}`)."""
+    path = Path(path)
+    if not path.is_file():
+        have = ", ".join(sorted(str(p) for p in Path("configs").glob("*.yaml")))
+        raise UserError(f"--config: no file {path}; there are: {have or 'none'}")
+    try:
+        # BaseLoader keeps every scalar as text: no sexagesimal 3:1, no 1e-3 read as a string.
+        tree = yaml.load(path.read_text(), Loader=yaml.BaseLoader) or {}
+    except yaml.YAMLError as e:
+        raise UserError(f"--config: {path} is not YAML: {' '.join(str(e).split())}") from None
+    if not isinstance(tree, dict):
+        raise UserError(f"--config: {path} holds a {type(tree).__name__}, settings expected")
+    flat = {}
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            flat.update({f"{key}_{k}": v for k, v in value.items()})
+        else:
+            flat[key] = ",".join(value) if isinstance(value, list) else value
+    return flat
+
+
+def load_config(cls, flags: dict[str, str], preset: str | Path | None):
+    """Defaults, then the YAML preset, then flags. Raises UserError on anything it cannot honour."""
+    cfg = cls()
+    if preset:
+        _set_all(cfg, read_yaml(preset), f"{preset}: ")
+    _set_all(cfg, flags, "--")
+    if isinstance(cfg, DistillConfig):
+        if cfg.keep_layers and "layers" in flags:
+            raise UserError("--keep_layers: not together with --layers, it is the complement")
+        for name in STAGES:
+            stage = getattr(cfg, name)
+            if cfg.context_len:
+                stage.seq_len = cfg.context_len
+            if name != "align":
+                stage.use_muon |= cfg.use_muon
+        for name in cfg.stage_names():
+            getattr(cfg, name).rows_per_step(name)
+    return cfg
+
+
+def to_dict(cfg) -> dict:
+    """The resolved config as plain YAML/JSON values."""
+    return dataclasses.asdict(cfg)
+
+
+def help_text(cls, doc: str) -> str:
+    """Every flag with its default and one-line comment."""
+    lines = [doc.strip(), "", "Flags (flag > YAML preset given by --config > default):", ""]
+    slots = _slots(cls)
+    for flag, (stage, f, _) in slots.items():
+        default = f.default if f.default is not dataclasses.MISSING else ""
+        if stage:
+            default = getattr(getattr(cls(), stage), f.name)
+        text = f.metadata["help"]
+        if f.metadata.get("choices"):
+            text += f" [{'|'.join(f.metadata['choices'])}]"
+        default = "" if default == "" else f" (default {default})"
+        lines.append(f"  --{flag:<24} {text}{default}")
+    return "\n".join(lines)
+
+
+def parse_argv(argv: list[str]) -> tuple[str | None, dict[str, str]]:
+    """(preset, flag -> text). Uses fire's grammar, but runs nothing until all is read."""
+    import fire
+
+    for word in argv:
+        if word in ("-", "--"):
+            raise UserError(f"'{word}' found between the flags, --name=value expected")
+    collected: list = []
+
+    def main(*args, config=None, **overrides):
+        collected.append((args, config, overrides))
+
+    fire.Fire(fire.decorators.SetParseFn(str)(main), command=list(argv), name="train")
+    args, preset, overrides = collected[0]
+    if len(args) > 1 or (args and preset):
+        raise UserError(f"'{args[-1]}' found, one preset and --name=value flags expected")
+    return (preset or (args[0] if args else None)), overrides
+
+
+def run_main(cls, main, argv: list[str] | None = None, default_preset=None) -> None:
+    """Parse the command line of a training script into a `cls` and call `main(cfg, command)`.
+
+    `default_preset(flags)` names the preset when none is given. A UserError becomes one line on
+    stderr (rank 0 only) and exit code 2.
+    """
+    argv = sys.argv[1:] if argv is None else argv
+    if any(a in ("--help", "-h", "-help") for a in argv):
+        print(help_text(cls, sys.modules[main.__module__].__doc__ or ""))
+        return
+    try:
+        preset, flags = parse_argv(argv)
+        if preset is None and default_preset is not None:
+            preset = default_preset(flags)
+        main(load_config(cls, flags, preset), argv)
+    except UserError as e:
+        if os.environ.get("RANK", "0") == "0":
+            print(f"error: {e}", file=sys.stderr, flush=True)
+        raise SystemExit(2) from None

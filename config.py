@@ -1,0 +1,359 @@
+"""Configuration: model shape, training settings and their allowed ranges, the layer-list grammar.
+
+Presets and flags are read by `cli.py`; `python train_kd.py --help` lists every field. No torch here.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass, field
+
+
+class UserError(ValueError):
+    """A user's mistake: the command line prints it as one line and exits with code 2."""
+
+
+def opt(default, text, *, choices=None, low=None, high=None):
+    """A dataclass field with the one-line comment that `--help` prints and its allowed range.
+
+    `low` and `high` are inclusive; `choices` is a tuple of allowed values.
+    """
+    meta = {"help": text, "choices": choices, "low": low, "high": high}
+    if isinstance(default, list | dict):
+        return field(default_factory=lambda: type(default)(default), metadata=meta)
+    return field(default=default, metadata=meta)
+
+
+LAYER_TYPES = ("full_attention", "sliding_attention", "linear_attention")
+
+
+@dataclass
+class ModelConfig:
+    """Shape of a (hybrid) decoder. Field names are Hugging Face's; defaults are Qwen3-shaped."""
+
+    vocab_size: int = 257  # rows of the embedding
+    hidden_size: int = 256  # width of the residual stream
+    intermediate_size: int = 704  # width of the SwiGLU MLP
+    num_hidden_layers: int = 6  # blocks
+    num_attention_heads: int = 4  # query heads
+    num_key_value_heads: int = 4  # key/value heads (GQA when fewer)
+    head_dim: int = 64  # size of one softmax head
+    rms_norm_eps: float = 1e-6  # added to the mean square
+    rope_theta: float = 10000.0  # RoPE base
+    rope_scaling: dict | None = None  # llama3 scaling parameters; None = off
+    max_position_embeddings: int = 2048  # longest trained context, tokens
+    tie_word_embeddings: bool = True  # head shares the embedding matrix
+    attention_bias: bool = False  # biases on q, k, v
+    attention_output_bias: bool = False  # bias on o_proj
+    qk_norm: bool = True  # RMSNorm on every q and k head (Qwen3)
+    sliding_window: int = 0  # window of "sliding_attention" layers, tokens; 0 = off
+    attention_sink: bool = False  # one learnable extra softmax logit per head
+    initializer_range: float = 0.02  # std of the initial weights
+    layer_types: list[str] | None = None  # per layer, one of LAYER_TYPES; None = all full
+    mixer: list[str] | None = None  # linear mixer of each linear layer, in order
+    linear_num_key_heads: int = 0  # q/k heads of linear layers; 0 = num_attention_heads
+    linear_num_value_heads: int = 0  # v heads of linear layers; 0 = linear_num_key_heads
+    linear_key_head_dim: int = 0  # 0 = head_dim
+    linear_value_head_dim: int = 0  # 0 = head_dim
+    linear_conv_kernel_dim: int = 4  # width of the short convolution
+    linear_bias: bool = False  # biases on q, k, v of linear layers
+    linear_rope: bool = False  # rotate q and k of linear layers
+    bos_token_id: int | None = None  # None = the tokenizer has none
+    eos_token_id: int | None = None  # written at the end of every document
+
+    def __post_init__(self):
+        self.linear_num_key_heads = self.linear_num_key_heads or self.num_attention_heads
+        self.linear_num_value_heads = self.linear_num_value_heads or self.linear_num_key_heads
+        self.linear_key_head_dim = self.linear_key_head_dim or self.head_dim
+        self.linear_value_head_dim = self.linear_value_head_dim or self.head_dim
+        if self.layer_types is None:
+            self.layer_types = ["full_attention"] * self.num_hidden_layers
+        self.layer_types = list(self.layer_types)
+        n_linear = self.layer_types.count("linear_attention")
+        if self.mixer is None:
+            self.mixer = ["gated_deltanet"] * n_linear
+        self.mixer = list(self.mixer)
+        self.validate(n_linear)
+
+    def validate(self, n_linear: int) -> None:
+        """Raise UserError for shapes no forward pass could use."""
+        for name in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
+                     "num_attention_heads", "num_key_value_heads", "head_dim",
+                     "linear_conv_kernel_dim"):  # fmt: skip
+            if getattr(self, name) < 1:
+                raise UserError(f"{name}: {getattr(self, name)} found, a positive number expected")
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise UserError(
+                f"num_key_value_heads: {self.num_key_value_heads} does not divide "
+                f"num_attention_heads {self.num_attention_heads}"
+            )
+        if self.linear_num_value_heads % self.linear_num_key_heads:
+            raise UserError(
+                f"linear_num_value_heads: {self.linear_num_value_heads} is no multiple of "
+                f"linear_num_key_heads {self.linear_num_key_heads}"
+            )
+        if self.head_dim % 2:
+            raise UserError(f"head_dim: {self.head_dim} found, RoPE needs an even number")
+        if len(self.layer_types) != self.num_hidden_layers:
+            raise UserError(
+                f"layer_types: {len(self.layer_types)} entries found, "
+                f"num_hidden_layers {self.num_hidden_layers} expected"
+            )
+        for kind in self.layer_types:
+            if kind not in LAYER_TYPES:
+                raise UserError(f"layer_types: '{kind}' found, one of {LAYER_TYPES} expected")
+        if "sliding_attention" in self.layer_types and self.sliding_window < 1:
+            raise UserError("sliding_window: 0 found, a window is needed by sliding_attention")
+        if len(self.mixer) != n_linear:
+            raise UserError(f"mixer: {len(self.mixer)} names found, {n_linear} expected")
+        if self.linear_rope and n_linear and self.linear_key_head_dim != self.head_dim:
+            raise UserError("linear_rope: needs linear_key_head_dim equal to head_dim")
+        scaling = (self.rope_scaling or {}).get("rope_type", "default")
+        if scaling not in ("default", "llama3"):
+            raise UserError(f"rope_scaling: type '{scaling}' found, default or llama3 expected")
+
+    def mixer_name(self, layer: int) -> str:
+        """Name of the linear mixer of block `layer` (which must be linear)."""
+        return self.mixer[self.layer_types[:layer].count("linear_attention")]
+
+    def layer_map(self) -> str:
+        """One letter per block: F full, S sliding, L linear."""
+        return "".join(t[0].upper() for t in self.layer_types)
+
+
+@dataclass
+class Recipe:
+    """Optimizer and schedule of one stage."""
+
+    lr: float = opt(3e-4, "peak learning rate", low=0.0)
+    muon_lr: float = opt(0.02, "peak learning rate of matrices under Muon", low=0.0)
+    min_lr_ratio: float = opt(0.1, "last learning rate / peak", low=0.0, high=1.0)
+    warmup_steps: int = opt(50, "linear warm-up, steps", low=0)
+    schedule: str = opt("cosine", "learning-rate shape", choices=("cosine", "wsd", "constant"))
+    decay_fraction: float = opt(
+        0.1, "share of steps in the final decay (wsd, constant)", low=0.0, high=1.0
+    )
+    weight_decay: float = opt(0.0, "decoupled weight decay of matrices", low=0.0)
+    grad_clip: float = opt(1.0, "gradient norm limit (align: per mixer); 0 = off", low=0.0)
+    use_muon: bool = opt(False, "Muon for hidden matrices, AdamW for the rest")
+
+
+@dataclass
+class StageConfig(Recipe):
+    """One stage: how long, how fast, on what loss. Flags are `--<stage>_<field>`."""
+
+    tokens: int = opt(1_000_000, "training tokens of the stage", low=1)
+    seq_len: int = opt(512, "tokens per row", low=8)
+    batch_tokens: int = opt(49_152, "tokens per optimizer step over all ranks", low=8)
+    micro_batch: int = opt(0, "rows per micro-batch and rank; 0 = up to 32768 tokens", low=0)
+    mixer_lr: float = opt(0.0, "peak learning rate of the mixers; 0 = lr", low=0.0)
+    train: str = opt("all", "what is trained", choices=("all", "mixers"))
+    loss: str = opt(
+        "forward_kl", "distillation loss", choices=("forward_kl", "reverse_kl", "js", "mse")
+    )
+    temperature: float = opt(1.0, "softmax temperature of teacher and student", low=1e-3)
+    kd_weight: float = opt(1.0, "weight of the distillation loss; 0 = off", low=0.0)
+    ce_weight: float = opt(0.0, "weight of next-token cross-entropy; 0 = off", low=0.0)
+    top_k: int = opt(0, "compare only the teacher's k likeliest tokens; 0 = all", low=0)
+
+    def rows_per_step(self, name: str) -> int:
+        """Rows of `seq_len` tokens in one optimizer step over all ranks."""
+        if self.batch_tokens % self.seq_len:
+            raise UserError(
+                f"--{name}_batch_tokens: {self.batch_tokens} found, "
+                f"a multiple of --{name}_seq_len {self.seq_len} expected"
+            )
+        return self.batch_tokens // self.seq_len
+
+    def steps(self, max_steps: int) -> int:
+        """Optimizer steps of the stage; `max_steps` caps them when positive."""
+        steps = max(1, self.tokens // self.batch_tokens)
+        return min(steps, max_steps) if max_steps else steps
+
+
+STAGES = ("align", "distill", "long")
+# The published recipe (arXiv 2512.20569); presets override it.
+_STAGE_DEFAULTS = {
+    "align": dict(
+        tokens=100_000_000, lr=1e-3, min_lr_ratio=0.01, train="mixers", batch_tokens=49_152
+    ),
+    "distill": dict(
+        tokens=600_000_000, seq_len=4096, batch_tokens=131_072, lr=7e-6, mixer_lr=1e-4,
+        schedule="constant",
+    ),
+    "long": dict(
+        tokens=100_000_000, seq_len=16_384, batch_tokens=131_072, lr=1e-5, kd_weight=0.0,
+        ce_weight=1.0,
+    ),
+}  # fmt: skip
+
+
+def stage_field(name: str):
+    """The nested settings of stage `name` with its own defaults."""
+    return field(
+        default_factory=lambda: StageConfig(**_STAGE_DEFAULTS[name]), metadata={"stage": name}
+    )
+
+
+@dataclass
+class TrainConfig:
+    """What pretraining and distillation share."""
+
+    data: str = opt("stdlib", "stdlib, a folder of shards, or nanogpt:PATH")
+    tokenizer: str = opt("", "byte, a tiktoken name, or a tokenizer.json; empty = see docs/data.md")
+    context_len: int = opt(0, "tokens per row; 0 = 512 (train.py), each stage's own (train_kd.py)",
+                           low=0)  # fmt: skip
+    doc_mask: bool = opt(True, "documents packed in a row do not see each other")
+    epochs: float = opt(0.0, "passes over the data; 0 = by steps or tokens", low=0.0)
+    max_steps: int = opt(0, "optimizer steps at most, of each stage; 0 = no cap", low=0)
+    accumulation_steps: int = opt(0, "micro-batches per step over all ranks; 0 = as needed", low=0)
+    seed: int = opt(0, "seed of weights and data order", low=0)
+    device: str = opt("auto", "where to compute", choices=("auto", "cpu", "cuda", "mps"))
+    dtype: str = opt("auto", "compute type; auto = bfloat16 where the hardware has it",
+                     choices=("auto", "bfloat16", "float32"))  # fmt: skip
+    torch_compile: str = opt("auto", "compile every block; auto = on for CUDA",
+                             choices=("auto", "true", "false"))  # fmt: skip
+    kernel: str = opt("auto", "linear-attention kernel",
+                      choices=("auto", "naive", "chunk", "fla"))  # fmt: skip
+    matmul_precision: str = opt("high", "float32 matmuls on CUDA: high = TF32",
+                                choices=("highest", "high", "medium"))  # fmt: skip
+    log_every: int = opt(1, "steps between console lines", low=1)
+    eval_every: int = opt(0, "steps between evaluations; 0 = at stage ends only", low=0)
+    eval_tokens: int = opt(65_536, "held-out tokens per evaluation", low=8)
+    sample_tokens: int = opt(32, "tokens of each sample completion; 0 = no samples", low=0)
+    run: str = opt("", "name of the run; empty = script and time")
+    save_model: bool = opt(True, "write checkpoints and the final model")
+    save_model_dir: str = opt("runs", "parent folder of runs")
+    save_every: int = opt(0, "steps between checkpoints; 0 = at stage ends only", low=0)
+    keep_checkpoints: int = opt(2, "checkpoints kept", low=2)
+    resume: str = opt("never", "never, auto (newest good checkpoint of --run), or a checkpoint")
+    wandb_enabled: bool = opt(False, "log to Weights & Biases as well")
+    wandb_project: str = opt("retort", "Weights & Biases project")
+    peak_flops: float = opt(0.0, "dense peak of the device, FLOP/s; 0 = from the table", low=0.0)
+    profile: bool = opt(False, "write a torch.profiler trace of steps 3 to 5 into the run")
+    dry_run: bool = opt(False, "build everything, print the plan, train nothing")
+
+
+@dataclass
+class PretrainConfig(TrainConfig, Recipe):
+    """Settings of train.py."""
+
+    num_blocks: int = opt(6, "transformer blocks", low=1)
+    num_heads: int = opt(4, "query heads", low=1)
+    num_kv_heads: int = opt(0, "key/value heads; 0 = num_heads", low=0)
+    embedding_dim: int = opt(256, "width of the residual stream", low=8)
+    head_dim: int = opt(0, "size of one head; 0 = embedding_dim / num_heads", low=0)
+    mlp_dim: int = opt(0, "width of the SwiGLU MLP; 0 = 8/3 embedding_dim, rounded up to 64", low=0)
+    rope_theta: float = opt(10000.0, "RoPE base", low=1.0)
+    sliding_window: int = opt(0, "window of softmax layers, tokens; 0 = full", low=0)
+    attention_sink: bool = opt(False, "one learnable extra softmax logit per head")
+    tie_embeddings: bool = opt(True, "head shares the embedding matrix")
+    layers: str = opt("", "layers that start linear: 10,14,20 | all | 3:1; empty = none")
+    keep_layers: str = opt("", "the complement: layers that stay softmax")
+    mixer: str = opt("gated_deltanet", "linear mixer, or one name per linear layer")
+    batch_size: int = opt(8, "rows per micro-batch and rank", low=1)
+
+    def stage(self, rows_in_data: int) -> StageConfig:
+        """The whole run as one stage, given the number of rows one epoch has."""
+        seq_len = self.context_len or 512
+        accumulation = self.accumulation_steps or 8
+        rows = self.batch_size * accumulation
+        steps = math.ceil((self.epochs or 1.0) * rows_in_data / rows)
+        if self.max_steps and not self.epochs:
+            steps = self.max_steps
+        recipe = {f.name: getattr(self, f.name) for f in dataclasses.fields(Recipe)}
+        return StageConfig(
+            **recipe, seq_len=seq_len, batch_tokens=rows * seq_len, tokens=steps * rows * seq_len,
+            micro_batch=self.batch_size, kd_weight=0.0, ce_weight=1.0,
+        )  # fmt: skip
+
+
+@dataclass
+class DistillConfig(TrainConfig):
+    """Settings of train_kd.py."""
+
+    teacher: str = opt("models/smollm2-135m", "folder of the teacher")
+    student: str = opt("", "folder of the student; empty = the converted teacher")
+    layers: str = opt("3:1", "layers that become linear: 10,14,20 | 0-5 | all | 3:1")
+    keep_layers: str = opt("", "the complement: layers that stay softmax")
+    mixer: str = opt("gated_deltanet", "linear mixer, or one name per linear layer")
+    linear_rope: bool = opt(False, "rotate q and k of linear layers too (native format only)")
+    calibrate_tokens: int = opt(2048, "training tokens that set output scales; 0 = off", low=0)
+    stages: str = opt("align,distill", "stages to run, in order: align, distill, long")
+    share_trunk: str = opt("auto", "one copy of the frozen trunk for teacher and student; "
+                           "auto = when only mixers train", choices=("auto", "false"))  # fmt: skip
+    use_muon: bool = opt(False, "Muon in distill and long")
+    align: StageConfig = stage_field("align")
+    distill: StageConfig = stage_field("distill")
+    long: StageConfig = stage_field("long")
+
+    def stage_names(self) -> list[str]:
+        """The stages asked for, checked."""
+        names = [s.strip() for s in self.stages.split(",") if s.strip()]
+        order = [s for s in STAGES if s in names]
+        if not names or names != order:
+            raise UserError(
+                f"--stages: '{self.stages}' found, some of {','.join(STAGES)}, in order, expected"
+            )
+        return names
+
+
+# Flags of the sister script, with what to use instead.
+REFUSED = {
+    DistillConfig: {
+        "lr": "train_kd.py takes --align_lr and --distill_lr",
+        "batch_size": "train_kd.py takes --align_micro_batch and --distill_micro_batch",
+        "num_blocks": "train_kd.py takes the student's shape from --teacher or --student",
+        "num_heads": "train_kd.py takes the student's shape from --teacher or --student",
+        "embedding_dim": "train_kd.py takes the student's shape from --teacher or --student",
+    },
+    PretrainConfig: {"teacher": "train.py has no teacher; train_kd.py distils"},
+}
+
+
+# ---- layer lists
+
+
+def parse_layers(layers: str, num_layers: int, keep: str = "") -> list[int]:
+    """Indices of the layers that are or become linear.
+
+    `10,14,20` (ranges `4-8` too), `all`, or `3:1` = three linear then one full, repeating. `keep`
+    names the complement in the same grammar and excludes `layers`. Empty: no linear layer.
+    """
+    if keep:
+        kept = set(_layer_list("keep_layers", keep, num_layers))
+        return [i for i in range(num_layers) if i not in kept]
+    return _layer_list("layers", layers, num_layers) if layers else []
+
+
+def _layer_list(flag: str, spec: str, num_layers: int) -> list[int]:
+    grammar = "10,14,20, a range 4-8, all, or a ratio like 3:1"
+    spec = spec.strip("()[] ").replace(" ", "")
+    if spec == "all":
+        return list(range(num_layers))
+    if spec.startswith("auto"):
+        raise UserError(
+            f"--{flag}: '{spec}' found; the search is not there yet: {grammar} expected"
+        )
+    if ":" in spec:
+        parts = spec.split(":")
+        if len(parts) != 2 or not all(p.isdigit() and int(p) for p in parts):
+            raise UserError(f"--{flag}: '{spec}' found, {grammar} expected")
+        linear, full = map(int, parts)
+        return [i for i in range(num_layers) if i % (linear + full) < linear]
+    found: list[int] = []
+    for part in spec.split(","):
+        first, dash, last = part.partition("-")
+        if not first.isdigit() or (dash and not last.isdigit()):
+            raise UserError(f"--{flag}: '{part or spec}' found, {grammar} expected")
+        run = range(int(first), int(last or first) + 1)
+        if not run:
+            raise UserError(f"--{flag}: the range {part} is empty")
+        for i in run:
+            if i >= num_layers:
+                raise UserError(f"--{flag}: layer {i} found, 0 to {num_layers - 1} expected")
+            if i in found:
+                raise UserError(f"--{flag}: layer {i} is named twice")
+            found.append(i)
+    return sorted(found)

@@ -1,0 +1,151 @@
+"""Ranks and devices: process groups, DDP, gradient sums outside DDP, per-block compile.
+
+`parallelize` is the one place that decides how a module is spread; FSDP2 will be a second branch.
+Check: `pytest tests/test_distributed.py`.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from config import UserError
+
+
+@dataclass(frozen=True)
+class World:
+    """Who this process is."""
+
+    rank: int
+    size: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+
+def choose_device(name: str) -> torch.device:
+    """auto = cuda, then mps, then cpu. UserError for a device this machine lacks."""
+    if name == "auto":
+        if torch.cuda.is_available():
+            name = "cuda"
+        else:
+            name = "mps" if torch.backends.mps.is_available() else "cpu"
+    if name == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device: cuda found, but PyTorch sees no CUDA device; cpu expected")
+    if name == "mps" and not torch.backends.mps.is_available():
+        raise UserError("--device: mps found, but PyTorch sees no MPS device; cpu expected")
+    return torch.device(name)
+
+
+def start(device_name: str) -> World:
+    """Join torchrun's process group if there is one (gloo on CPU, nccl on CUDA)."""
+    device = choose_device(device_name)
+    size = int(os.environ.get("WORLD_SIZE", "1"))
+    if size == 1:
+        return World(0, 1, device)
+    rank, local = int(os.environ["RANK"]), int(os.environ["LOCAL_RANK"])
+    if device.type == "mps":
+        raise UserError("--device: mps found under torchrun, cpu or cuda expected")
+    if device.type == "cuda":
+        if local >= torch.cuda.device_count():
+            raise UserError(
+                f"--nproc_per_node: local rank {local} found, this machine has "
+                f"{torch.cuda.device_count()} GPUs"
+            )
+        device = torch.device("cuda", local)
+        torch.cuda.set_device(device)
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(
+        backend, timeout=timedelta(minutes=30),
+        device_id=device if device.type == "cuda" else None,
+    )  # fmt: skip
+    return World(rank, size, device)
+
+
+def stop() -> None:
+    """Leave the process group."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def barrier(world: World) -> None:
+    """Wait for all ranks."""
+    if world.size > 1:
+        dist.barrier()
+
+
+def main_says(value, world: World):
+    """Rank 0's `value` (anything JSON-like) on every rank."""
+    if world.size == 1:
+        return value
+    box = [value]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]
+
+
+def main_first(world: World, work):
+    """Run `work()` on rank 0, then on the others, which find its result on disk. A UserError on
+    rank 0 is raised everywhere, so that no rank waits for ever."""
+    if world.size == 1:
+        return work()
+    error, result = None, None
+    if world.is_main:
+        try:
+            result = work()
+        except UserError as e:
+            error = str(e)
+    error = main_says(error, world)
+    if error is not None:
+        raise UserError(error)
+    return result if world.is_main else work()
+
+
+def all_sum(t: Tensor, world: World) -> Tensor:
+    """Sum over ranks, in place."""
+    if world.size > 1:
+        dist.all_reduce(t)
+    return t
+
+
+def sum_gradients(params: Iterable[nn.Parameter], world: World) -> None:
+    """Sum gradients over ranks in one flat message (for modules called outside DDP)."""
+    if world.size == 1:
+        return
+    grads = [p.grad for p in params if p.grad is not None]
+    by_dtype: dict[torch.dtype, list[Tensor]] = {}
+    for g in grads:
+        by_dtype.setdefault(g.dtype, []).append(g)
+    for group in by_dtype.values():
+        flat = torch.cat([g.flatten() for g in group])
+        dist.all_reduce(flat)
+        for g, new in zip(group, flat.split([g.numel() for g in group]), strict=True):
+            g.copy_(new.view_as(g))
+
+
+def parallelize(module: nn.Module, world: World) -> nn.Module:
+    """The module as every rank trains it: DDP, or itself in one process."""
+    if world.size == 1:
+        return module
+    from torch.nn.parallel import DistributedDataParallel
+
+    ids = [world.device.index] if world.device.type == "cuda" else None
+    return DistributedDataParallel(
+        module, device_ids=ids, gradient_as_bucket_view=True, broadcast_buffers=False
+    )
+
+
+def compile_blocks(model: nn.Module) -> None:
+    """torch.compile every block by itself: one graph is reused by all blocks of a kind."""
+    model.compiled = True
+    for block in model.layers:
+        if block.kind != "linear_attention":
+            block.self_attn.compiled = True
+        block.compile()

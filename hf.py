@@ -1,0 +1,287 @@
+"""Hugging Face folders in and out; the only file that knows their key names.
+
+    config, model, tokenizer_spec = load_model("models/smollm2-135m")
+    save_model(model, "runs/x/model", tokenizer_from="models/smollm2-135m")
+
+Reads llama, qwen2, qwen3 (single or indexed safetensors, config spelling of transformers 4 and 5)
+and our own `retort` format, which adds hybrids. Plain models are written as the stock class they
+fit, everything else as `retort`, which stock libraries cannot load.
+Check: `pytest tests/test_hf.py`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from config import ModelConfig, UserError
+from model import Transformer
+
+MODEL_TYPES = ("llama", "qwen2", "qwen3", "retort")
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
+                   "vocab.json", "merges.txt", "chat_template.jinja", "generation_config.json")  # fmt: skip
+SHARD_BYTES = 5 * 10**9
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+
+
+def _read_json(path: Path) -> dict:
+    try:
+        return json.loads(path.read_text())
+    except json.JSONDecodeError as e:
+        raise UserError(f"{path}: not JSON ({e})") from None
+
+
+def read_config(folder: str | Path) -> ModelConfig:
+    """The ModelConfig of a model folder. UserError for what our model cannot represent."""
+    path = Path(folder) / "config.json"
+    if not path.is_file():
+        raise UserError(f"{folder}: no config.json, a Hugging Face or retort model folder expected")
+    raw = _read_json(path)
+    kind = raw.get("model_type")
+    if kind not in MODEL_TYPES:
+        raise UserError(
+            f"{path}: model_type '{kind}' found, one of {', '.join(MODEL_TYPES)} expected"
+        )
+    if kind == "retort":
+        known = {f.name for f in dataclasses.fields(ModelConfig)}
+        extra = set(raw["retort"]) - known
+        if extra:
+            raise UserError(f"{path}: unknown fields {sorted(extra)}; a newer version wrote it")
+        return ModelConfig(**raw["retort"])
+    return _from_hf(raw, path)
+
+
+def _from_hf(raw: dict, path: Path) -> ModelConfig:
+    kind = raw["model_type"]
+    for key in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
+                "num_attention_heads"):  # fmt: skip
+        if not isinstance(raw.get(key), int):
+            raise UserError(f"{path}: {key} is {raw.get(key)}, a whole number expected")
+    for key, plain in (("hidden_act", "silu"), ("mlp_bias", False), ("quantization_config", None),
+                       ("partial_rotary_factor", 1.0)):  # fmt: skip
+        if raw.get(key, plain) not in (plain, None):
+            raise UserError(f"{path}: {key} {raw[key]} is not supported, {plain} expected")
+    rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}  # v5 or v4 spelling
+    rope = dict(rope)
+    theta = rope.pop("rope_theta", None) or raw.get("rope_theta") or 10000.0
+    if "type" in rope:  # an older v4 spelling
+        rope.setdefault("rope_type", rope.pop("type"))
+    if rope.pop("partial_rotary_factor", 1.0) != 1.0:
+        raise UserError(f"{path}: partial_rotary_factor is not supported, 1.0 expected")
+    heads = raw["num_attention_heads"]
+    bias = bool(raw.get("attention_bias", False))
+    window, kinds = _windows(raw)
+    eos, bos = raw.get("eos_token_id"), raw.get("bos_token_id")
+    return ModelConfig(
+        vocab_size=raw["vocab_size"],
+        hidden_size=raw["hidden_size"],
+        intermediate_size=raw["intermediate_size"],
+        num_hidden_layers=raw["num_hidden_layers"],
+        num_attention_heads=heads,
+        num_key_value_heads=raw.get("num_key_value_heads") or heads,
+        head_dim=raw.get("head_dim") or (128 if kind == "qwen3" else raw["hidden_size"] // heads),
+        rms_norm_eps=raw.get("rms_norm_eps", 1e-6),
+        rope_theta=float(theta),
+        rope_scaling=rope if rope.get("rope_type", "default") != "default" else None,
+        max_position_embeddings=raw.get("max_position_embeddings", 2048),
+        tie_word_embeddings=bool(raw.get("tie_word_embeddings", False)),
+        attention_bias=True if kind == "qwen2" else bias,
+        attention_output_bias=False if kind == "qwen2" else bias,
+        qk_norm=kind == "qwen3",
+        sliding_window=window,
+        initializer_range=raw.get("initializer_range", 0.02),
+        layer_types=kinds,
+        bos_token_id=bos[0] if isinstance(bos, list) else bos,
+        eos_token_id=eos[0] if isinstance(eos, list) else eos,
+    )
+
+
+def _windows(raw: dict) -> tuple[int, list[str]]:
+    """(window, layer types); qwen2/3 switch windows on from layer `max_window_layers`."""
+    n = raw["num_hidden_layers"]
+    if raw["model_type"] == "llama" or not raw.get("use_sliding_window"):
+        return 0, ["full_attention"] * n
+    first = raw.get("max_window_layers", 28)
+    kinds = raw.get("layer_types") or [
+        "sliding_attention" if i >= first else "full_attention" for i in range(n)
+    ]
+    window = raw.get("sliding_window") or 0
+    return (window if "sliding_attention" in kinds else 0), list(kinds)
+
+
+def tokenizer_spec(folder: str | Path) -> str:
+    """What `load_tokenizer` takes for this model: its folder, or the name it was trained with."""
+    folder = Path(folder)
+    if (folder / "tokenizer.json").is_file():
+        return str(folder)
+    name = _read_json(folder / "config.json").get("retort_tokenizer")
+    if not name:
+        raise UserError(f"{folder}: no tokenizer.json; --tokenizer has to name one")
+    return name
+
+
+def read_weights(folder: str | Path) -> dict[str, Tensor]:
+    """All tensors of `model.safetensors` or of the files its index names, by file key."""
+    folder = Path(folder)
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        files = sorted(set(_read_json(index)["weight_map"].values()))
+    else:
+        files = ["model.safetensors"]
+    tensors = {}
+    for name in files:
+        path = folder / name
+        if not path.is_file():
+            raise UserError(f"{folder}: no {name}; safetensors weights expected (pickles never)")
+        try:
+            with safe_open(path, "pt") as f:
+                tensors.update({key: f.get_tensor(key) for key in f.keys()})  # noqa: SIM118
+        except Exception as e:  # safetensors raises its own class, not an OSError
+            if type(e).__name__ != "SafetensorError":
+                raise
+            raise UserError(f"{path}: not a whole safetensors file ({e})") from None
+    return tensors
+
+
+def load_model(
+    folder: str | Path, *, dtype: torch.dtype | None = None, device: torch.device | str = "cpu"
+) -> Transformer:
+    """The model of a folder with its weights, in `dtype` (None: as stored). UserError when the
+    weights do not fit the config, naming the first key."""
+    config = read_config(folder)
+    with torch.device("meta"):
+        model = Transformer(config)
+    wanted = dict(model.state_dict())
+    tensors = {}
+    for key, tensor in read_weights(folder).items():
+        name = key.removeprefix("model.")
+        if name.endswith("rotary_emb.inv_freq"):
+            continue
+        if name == "lm_head.weight" and config.tie_word_embeddings:
+            continue
+        if name not in wanted:
+            raise UserError(f"{folder}: weight {key} found, the config has no place for it")
+        if tensor.shape != wanted[name].shape:
+            raise UserError(
+                f"{folder}: weight {key} has shape {tuple(tensor.shape)}, "
+                f"{tuple(wanted[name].shape)} expected"
+            )
+        tensors[name] = tensor.to(device=device, dtype=dtype or tensor.dtype)
+    missing = sorted(set(wanted) - set(tensors))
+    if missing:
+        raise UserError(f"{folder}: weight {missing[0]} is missing ({len(missing)} in all)")
+    model.load_state_dict(tensors, assign=True)
+    return model
+
+
+def stock_type(config: ModelConfig) -> str | None:
+    """The transformers class a plain model fits, or None (only `retort` holds it)."""
+    if "linear_attention" in config.layer_types or config.attention_sink:
+        return None
+    sliding = "sliding_attention" in config.layer_types
+    if config.qk_norm:
+        return "qwen3" if config.attention_bias == config.attention_output_bias else None
+    if config.attention_bias and not config.attention_output_bias:
+        return (
+            "qwen2" if config.head_dim * config.num_attention_heads == config.hidden_size else None
+        )
+    return None if sliding or config.attention_bias != config.attention_output_bias else "llama"
+
+
+def to_hf_config(config: ModelConfig, dtype: torch.dtype) -> dict:
+    """config.json of the stock class, in the spelling that transformers 4 and 5 both read."""
+    kind = stock_type(config)
+    name = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
+    same = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
+            "num_attention_heads", "num_key_value_heads", "head_dim", "rms_norm_eps",
+            "rope_theta", "max_position_embeddings", "tie_word_embeddings", "initializer_range",
+            "bos_token_id", "eos_token_id")  # fmt: skip
+    out = {"architectures": [name[kind]], "model_type": kind, "hidden_act": "silu"}
+    out.update({key: getattr(config, key) for key in same})
+    out["attention_bias"] = config.attention_bias
+    out["rope_scaling"] = config.rope_scaling
+    rope = config.rope_scaling or {"rope_type": "default"}
+    out["rope_parameters"] = {**rope, "rope_theta": config.rope_theta}
+    out["dtype"] = out["torch_dtype"] = str(dtype).removeprefix("torch.")
+    if kind == "llama":
+        out["mlp_bias"] = False
+    elif "sliding_attention" in config.layer_types:
+        out["use_sliding_window"] = True
+        out["sliding_window"] = config.sliding_window
+        out["layer_types"] = config.layer_types
+        out["max_window_layers"] = config.layer_types.index("sliding_attention")
+    return out
+
+
+def save_model(
+    model: Transformer,
+    folder: str | Path,
+    *,
+    tokenizer_from: str | Path,
+    dtype: torch.dtype | None = None,
+) -> str:
+    """Write a model folder (atomically, replacing one of the same name) and return its format.
+
+    tokenizer_from: a folder whose tokenizer files travel along, or the name of a tokenizer.
+    """
+    folder = Path(folder)
+    tmp = folder.with_name(folder.name + ".tmp")
+    shutil.rmtree(tmp, ignore_errors=True)
+    tmp.mkdir(parents=True)
+    stored = dtype or model.embed_tokens.weight.dtype
+    kind = stock_type(model.config)
+    if kind is None:
+        raw = {"model_type": "retort", "retort": dataclasses.asdict(model.config)}
+    else:
+        raw = to_hf_config(model.config, stored)
+    source = Path(tokenizer_from)
+    if source.is_dir():
+        for name in TOKENIZER_FILES:
+            if (source / name).is_file():
+                shutil.copyfile(source / name, tmp / name)
+    if not (tmp / "tokenizer.json").is_file():
+        raw["retort_tokenizer"] = str(tokenizer_from)
+    (tmp / "config.json").write_text(json.dumps(raw, indent=2) + "\n")
+    tensors = {}
+    for name, tensor in model.state_dict().items():
+        key = name if name.startswith("lm_head.") else f"model.{name}"
+        tensors[key] = tensor.detach().to("cpu", dtype or tensor.dtype).contiguous()
+    _write_weights(tensors, tmp)
+    old = folder.with_name(folder.name + ".old")
+    if folder.exists():
+        shutil.rmtree(old, ignore_errors=True)
+        folder.rename(old)
+    tmp.rename(folder)
+    shutil.rmtree(old, ignore_errors=True)
+    return kind or "retort"
+
+
+def _write_weights(tensors: dict[str, Tensor], folder: Path) -> None:
+    """One safetensors file, or shards of at most SHARD_BYTES with an index."""
+    shards: list[dict[str, Tensor]] = [{}]
+    held = 0
+    for key, tensor in tensors.items():
+        size = tensor.numel() * tensor.element_size()
+        if shards[-1] and held + size > SHARD_BYTES:
+            shards.append({})
+            held = 0
+        shards[-1][key] = tensor
+        held += size
+    if len(shards) == 1:
+        save_file(shards[0], folder / "model.safetensors", metadata={"format": "pt"})
+        return
+    names, total = {}, 0
+    for i, shard in enumerate(shards):
+        name = f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
+        save_file(shard, folder / name, metadata={"format": "pt"})
+        names.update(dict.fromkeys(shard, name))
+        total += sum(t.numel() * t.element_size() for t in shard.values())
+    index = {"metadata": {"total_size": total}, "weight_map": names}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")

@@ -1,0 +1,79 @@
+"""Every loss a trainer uses: heads on logits (`kd_head`, `ce_head`) and hidden-state alignment.
+
+The heads live in `ops/kd_head.py` and are re-exported, so that trainers import this file only.
+
+    python -m pytest tests/test_losses.py
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ops.kd_head import IGNORE_INDEX, LOSSES, HeadOutput, ce_head, kd_head
+
+__all__ = [
+    "IGNORE_INDEX",
+    "LOSSES",
+    "HeadOutput",
+    "align_loss",
+    "ce_head",
+    "kd_head",
+    "relative_error",
+]
+
+
+def _difference(student: Tensor, teacher: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    """(t - s, t) in at least float32, both 0 at masked tokens whatever they held."""
+    if student.shape != teacher.shape:
+        raise ValueError(
+            f"student {tuple(student.shape)} and teacher {tuple(teacher.shape)} differ in shape"
+        )
+    if mask is not None and mask.shape != student.shape[:-1]:
+        raise ValueError(
+            f"mask {tuple(mask.shape)} must have the shape of the tokens, "
+            f"{tuple(student.shape[:-1])}"
+        )
+    dtype = torch.promote_types(student.dtype, torch.float32)
+    teacher = teacher.detach().to(dtype)
+    diff = teacher - student.to(dtype)
+    if mask is None:
+        return diff, teacher
+    # masked_fill and not a multiplication: 0 * NaN is NaN, in the value and in the gradient.
+    masked = ~mask.bool()[..., None]
+    return diff.masked_fill(masked, 0), teacher.masked_fill(masked, 0)
+
+
+def align_loss(
+    student: Tensor,
+    teacher: Tensor,
+    mask: Tensor | None = None,
+    *,
+    normalizer: float | Tensor | None = None,
+) -> Tensor:
+    """Mean over unmasked tokens of ||t - s||_2 / sqrt(d): the loss of the align stage.
+
+    student, teacher: [..., d]; mask: [...] bool or 0/1, true where a token counts. Gradients go
+    to the student only. In float32 (float64 for float64 inputs); returns a 0-d tensor. The sum is
+    divided by normalizer; default: the number of unmasked tokens (none: the loss is 0).
+    Raises ValueError for shapes that differ. Source: KL-guided layer selection, arXiv:2512.20569.
+    """
+    diff, _ = _difference(student, teacher, mask)
+    # Unlike sqrt of a sum, vector_norm has gradient 0, not NaN, where student equals teacher.
+    total = torch.linalg.vector_norm(diff, dim=-1).sum() / diff.shape[-1] ** 0.5
+    if normalizer is None:
+        normalizer = diff[..., 0].numel() if mask is None else mask.bool().sum()
+    if isinstance(normalizer, Tensor):
+        return total / torch.where(normalizer == 0, 1, normalizer)
+    return total / (normalizer or 1)
+
+
+@torch.no_grad()
+def relative_error(student: Tensor, teacher: Tensor, mask: Tensor | None = None) -> Tensor:
+    """||t - s||_F / ||t||_F over the unmasked tokens, for reporting; 0-d, no gradient.
+
+    1 is what an output of zeros scores. Shapes as in `align_loss`.
+    """
+    diff, teacher = _difference(student, teacher, mask)
+    norm = torch.linalg.vector_norm(teacher)
+    return torch.linalg.vector_norm(diff) / norm.clamp(min=torch.finfo(norm.dtype).tiny)

@@ -1,0 +1,1 @@
+"""Linear-attention modules, one file each; `hybrid_layers.MIXERS` names them."""

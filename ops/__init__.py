@@ -1,0 +1,1 @@
+"""Pure functions on tensors: one file per recurrence, and the fused distillation head."""

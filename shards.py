@@ -1,0 +1,458 @@
+"""Token shards on disk: `ShardWriter` makes a data set folder, `TokenDataset` reads one.
+
+    python -m pytest tests/test_data.py
+
+A data set is a folder: `train-00000.bin` ... `val-00000.bin` ..., beside each shard a sidecar of
+document ends, and `meta.json`, written last. The format is described in docs/data.md. Nothing
+here imports torch.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import struct
+from array import array
+from pathlib import Path
+
+import numpy as np
+import xxhash
+
+from config import UserError
+
+MAGIC = int.from_bytes(b"RTRT", "little")
+VERSION = 1
+HEADER_BYTES = 1024
+# magic, version, tokens, bytes per token, vocab, bos, eos, tokenizer hash, payload hash,
+# documents, sidecar hash; then the hash of these 64 bytes, and zeros up to HEADER_BYTES.
+HEADER = struct.Struct("<iiqiiii8sQqQ")
+HEADER_HASH = struct.Struct("<Q")
+
+GPT2_MAGIC, GPT2_VERSION, GPT2_EOT = 20240520, 1, 50256
+SCAN_BYTES = 1 << 25
+
+
+class ShardWriter:
+    """Writes one split of a data set: `add` each document's ids, then `close`.
+
+    Every document gets `tokenizer.eos_token_id` appended and stays in one shard. A shard appears
+    under its name only when complete (temporary file, fsync, rename), and `meta.json`, without
+    which no data set opens, comes last. As a context manager, an exception discards the split.
+    Raises `UserError` if the folder has this split already, unless `overwrite`, or if its other
+    splits were written with another tokenizer.
+    """
+
+    def __init__(
+        self,
+        folder,
+        split: str,
+        tokenizer,
+        *,
+        shard_tokens: int = 100_000_000,
+        overwrite: bool = False,
+        source: str = "",
+    ):
+        assert re.fullmatch(r"[a-z][a-z0-9_]*", split), split
+        self.folder, self.split = Path(folder), split
+        self.tokenizer, self.shard_tokens, self.source = tokenizer, shard_tokens, source
+        self.dtype = np.dtype("<u2" if tokenizer.vocab_size <= 1 << 16 else "<u4")
+        self.num_tokens = self.num_documents = 0
+        self._shards: list[str] = []
+        self._file = None
+        self.folder.mkdir(parents=True, exist_ok=True)
+        meta = self._read_meta()
+        old = sorted(self.folder.glob(f"{split}-*.bin"))
+        if (old or split in meta["splits"]) and not overwrite:
+            raise UserError(
+                f"{self.folder} already holds a {split!r} split; choose another folder, or ask to"
+                " overwrite it"
+            )
+        if meta["splits"].pop(split, None) is not None:
+            # First make the split invisible, so that no reader sees half old and half new shards.
+            _write_file(self.folder / "meta.json", json.dumps(meta, indent=1).encode())
+        for path in old:
+            _remove_shard(path)
+
+    def _read_meta(self) -> dict:
+        t = self.tokenizer
+        meta = {
+            "format": "retort-shards",
+            "version": VERSION,
+            "source": self.source,
+            # An absolute path would mean nothing on another machine, and tell about this one.
+            "tokenizer": {"name": t.name, "spec": t.portable_spec, "hash": t.hash},
+            "vocab_size": t.vocab_size,
+            "eos_token_id": t.eos_token_id,
+            "bos_token_id": t.bos_token_id,
+            "splits": {},
+        }
+        path = self.folder / "meta.json"
+        if path.exists():
+            old = _load_meta(path)
+            found = (old["tokenizer"]["hash"], old["vocab_size"], old["eos_token_id"])
+            if old["splits"].keys() - {self.split}:
+                if found != (t.hash, t.vocab_size, t.eos_token_id):
+                    raise UserError(
+                        f"{path}: written with tokenizer {old['tokenizer']['name']!r}"
+                        f" (hash, vocab, eos {found}), expected {t.name!r}"
+                    )
+                meta["source"] = self.source or old["source"]
+            meta["splits"] = old["splits"]
+        return meta
+
+    def add(self, ids) -> None:
+        """One document's token ids. An empty document is left out."""
+        ids = np.asarray(ids, dtype=np.int64)
+        if ids.size == 0:
+            return
+        if ids.min() < 0 or ids.max() >= self.tokenizer.vocab_size:
+            raise ValueError(f"token ids outside 0..{self.tokenizer.vocab_size - 1} in a document")
+        if self._file is not None and self._count + ids.size + 1 > self.shard_tokens:
+            self._finish_shard()
+        if self._file is None:
+            self._name = f"{self.split}-{len(self._shards):05d}.bin"
+            self._tmp = self.folder / (self._name + ".tmp")
+            self._file = open(self._tmp, "wb")  # noqa: SIM115 (open until the shard is full)
+            self._file.write(bytes(HEADER_BYTES))  # replaced by the real header at the end
+            self._hash, self._count, self._ends = xxhash.xxh3_64(), 0, array("q")
+        payload = np.append(ids, self.tokenizer.eos_token_id).astype(self.dtype).tobytes()
+        self._file.write(payload)
+        self._hash.update(payload)
+        self._count += ids.size + 1
+        self._ends.append(self._count)
+
+    def _finish_shard(self) -> None:
+        t = self.tokenizer
+        ends = np.array(self._ends, dtype="<i8")
+        head = HEADER.pack(
+            *(MAGIC, VERSION, self._count, self.dtype.itemsize, t.vocab_size),
+            *(-1 if t.bos_token_id is None else t.bos_token_id, t.eos_token_id),
+            *(bytes.fromhex(t.hash), self._hash.intdigest(), len(ends)),
+            xxhash.xxh3_64_intdigest(ends.tobytes()),
+        )
+        self._file.seek(0)
+        self._file.write(head + HEADER_HASH.pack(xxhash.xxh3_64_intdigest(head)))
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self._file.close()
+        self._file = None
+        sidecar = _sidecar(self.folder / self._name)
+        with open(str(sidecar) + ".tmp", "wb") as file:
+            np.save(file, ends, allow_pickle=False)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(str(sidecar) + ".tmp", sidecar)
+        os.replace(self._tmp, self.folder / self._name)
+        self._shards.append(self._name)
+        self.num_tokens += self._count
+        self.num_documents += len(ends)
+
+    def close(self) -> None:
+        """Finishes the last shard and enters the split in meta.json."""
+        if self._file is not None:
+            self._finish_shard()
+        meta = self._read_meta()
+        meta["splits"][self.split] = {
+            "shards": self._shards,
+            "tokens": self.num_tokens,
+            "documents": self.num_documents,
+        }
+        _write_file(self.folder / "meta.json", json.dumps(meta, indent=1).encode())
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, kind, *_):
+        if kind is None:
+            self.close()
+            return
+        if self._file is not None:
+            self._file.close()
+            self._tmp.unlink()
+        for name in self._shards:
+            _remove_shard(self.folder / name)
+
+
+class TokenDataset:
+    """One split as a single run of tokens over all its shards, memory-mapped. See `open`.
+
+    name             folder and split, for messages
+    num_tokens       over all shards
+    vocab_size       None where the format does not say (nanoGPT); `min_vocab_size` is then known
+    tokenizer_hash   `Tokenizer.hash` of the writer, or None
+    eos              id that ends each document, or None if the data has no such token
+    doc_ends         int64 [documents], exclusive end of each document, increasing
+    fingerprint      32 hex digits over the content hashes of all shards, in order
+    """
+
+    def __init__(
+        self,
+        name,
+        shards,
+        *,
+        doc_ends,
+        digests,
+        vocab_size,
+        min_vocab_size,
+        eos,
+        bos,
+        tokenizer_hash,
+    ):
+        self.name = name
+        self._shards = shards
+        self._starts = np.cumsum([0] + [len(shard) for shard in shards])
+        self.num_tokens = int(self._starts[-1])
+        self.doc_ends = doc_ends
+        self.vocab_size, self.min_vocab_size = vocab_size, min_vocab_size
+        self.eos, self.bos, self.tokenizer_hash = eos, bos, tokenizer_hash
+        self.fingerprint = hashlib.blake2b(json.dumps(digests).encode(), digest_size=16).hexdigest()
+
+    @classmethod
+    def open(cls, spec: str | os.PathLike, split: str, *, verify: bool = False) -> TokenDataset:
+        """Opens a data set folder, or `nanogpt:FOLDER_OR_FILE` (GPT-2 tokens, read-only).
+
+        Checks every header and file size; `verify` also reads all tokens against their checksum.
+        Raises `UserError` naming the file that is missing, damaged or does not belong.
+        """
+        spec = os.fspath(spec)
+        if spec.startswith("nanogpt:"):
+            return _open_nanogpt(cls, spec, split)
+        return _open_shards(cls, Path(spec), split, verify)
+
+    def read(self, start: int, n: int) -> np.ndarray:
+        """Tokens start .. start + n as int64 [n], across shard borders."""
+        assert start >= 0 and start + n <= self.num_tokens, (start, n, self.num_tokens)
+        out = np.empty(n, dtype=np.int64)
+        shard = int(np.searchsorted(self._starts, start, side="right")) - 1
+        done = 0
+        while done < n:
+            offset = start + done - int(self._starts[shard])
+            piece = self._shards[shard][offset : offset + n - done]
+            out[done : done + len(piece)] = piece
+            done += len(piece)
+            shard += 1
+        return out
+
+    def num_rows(self, seq_len: int) -> int:
+        """Whole rows of seq_len inputs, each with its next token as the last target."""
+        return max(0, (self.num_tokens - 1) // seq_len)
+
+    def check_tokenizer(self, tokenizer) -> None:
+        """Raises `UserError` unless this data was, or can have been, written with `tokenizer`."""
+        expected = f"tokenizer {tokenizer.name!r}"
+        if self.tokenizer_hash not in (None, tokenizer.hash):
+            raise UserError(
+                f"--data {self.name}: written with tokenizer hash {self.tokenizer_hash},"
+                f" expected {tokenizer.hash} ({expected})"
+            )
+        if self.eos not in (None, tokenizer.eos_token_id):
+            raise UserError(
+                f"--data {self.name}: documents end with token {self.eos}, expected"
+                f" {tokenizer.eos_token_id} ({expected})"
+            )
+        if self.min_vocab_size > tokenizer.vocab_size:
+            raise UserError(
+                f"--data {self.name}: holds token {self.min_vocab_size - 1}, expected ids below"
+                f" {tokenizer.vocab_size} ({expected})"
+            )
+
+
+def _open_shards(cls, folder: Path, split: str, verify: bool) -> TokenDataset:
+    path = folder / "meta.json"
+    if not path.is_file():
+        raise UserError(f"--data {folder}: no meta.json there; not a data set, or never finished")
+    meta = _load_meta(path)
+    if split not in meta["splits"]:
+        raise UserError(f"--data {folder}: no split {split!r}; it has {sorted(meta['splits'])}")
+    entry = meta["splits"][split]
+    if not entry["shards"]:
+        raise UserError(f"--data {folder}: its {split!r} split holds no documents")
+    shards, ends, digests, first = [], [], [], None
+    for name in entry["shards"]:
+        shard, shard_ends, head = _open_shard(folder / name, verify)
+        first = first or head
+        for key in ("itemsize", "vocab_size", "bos", "eos", "tokenizer_hash"):
+            if head[key] != first[key]:
+                raise UserError(
+                    f"{folder / name}: {key} is {head[key]}, expected {first[key]} as in"
+                    f" {entry['shards'][0]}"
+                )
+        ends.append(shard_ends + sum(map(len, shards)))
+        shards.append(shard)
+        digests.append([head["itemsize"], head["tokens"], head["payload"], head["sidecar"]])
+    for key in ("vocab_size", "tokens"):
+        found = sum(map(len, shards)) if key == "tokens" else first[key]
+        expected = entry["tokens"] if key == "tokens" else meta["vocab_size"]
+        if found != expected:
+            raise UserError(f"{path}: says {key} {expected}, but the shards have {found}")
+    return cls(
+        f"{folder} ({split})",
+        shards,
+        doc_ends=np.concatenate(ends),
+        digests=digests,
+        vocab_size=first["vocab_size"],
+        min_vocab_size=first["vocab_size"],
+        eos=first["eos"],
+        bos=first["bos"],
+        tokenizer_hash=first["tokenizer_hash"],
+    )
+
+
+def _open_shard(path: Path, verify: bool) -> tuple[np.ndarray, np.ndarray, dict]:
+    try:
+        with open(path, "rb") as file:
+            raw = file.read(HEADER_BYTES)
+            size = os.fstat(file.fileno()).st_size
+    except FileNotFoundError:
+        raise UserError(f"{path}: missing, but meta.json lists it") from None
+    if len(raw) < HEADER_BYTES:
+        raise UserError(f"{path}: {size} bytes, shorter than the {HEADER_BYTES}-byte header")
+    magic, version, tokens, itemsize, vocab, bos, eos, tok, payload, documents, sidecar = (
+        HEADER.unpack_from(raw)
+    )
+    if magic != MAGIC:
+        raise UserError(f"{path}: magic number {magic}, expected {MAGIC}; not a token shard")
+    if version != VERSION:
+        raise UserError(f"{path}: format version {version}, expected {VERSION}")
+    (check,) = HEADER_HASH.unpack_from(raw, HEADER.size)
+    if check != xxhash.xxh3_64_intdigest(raw[: HEADER.size]) or itemsize not in (2, 4):
+        raise UserError(f"{path}: the header is damaged (its checksum does not match)")
+    expected = HEADER_BYTES + tokens * itemsize
+    if size != expected:
+        raise UserError(f"{path}: {size} bytes, expected {expected} for {tokens} tokens")
+    # shape= makes numpy refuse a short file; without it an offset map is silently shorter.
+    data = np.memmap(path, f"<u{itemsize}", "r", offset=HEADER_BYTES, shape=(tokens,))
+    ends = _load_ends(_sidecar(path))
+    if len(ends) != documents or ends[-1] != tokens or xxhash.xxh3_64_intdigest(ends) != sidecar:
+        raise UserError(f"{_sidecar(path)}: damaged, or not of {path.name} (checksum mismatch)")
+    if verify:
+        hasher = xxhash.xxh3_64()
+        for part in _parts(data):
+            hasher.update(part)
+        if hasher.intdigest() != payload:
+            raise UserError(f"{path}: the tokens do not match their checksum; the file is damaged")
+    head = {"tokens": tokens, "itemsize": itemsize, "vocab_size": vocab, "eos": eos}
+    head |= {"bos": None if bos < 0 else bos, "tokenizer_hash": tok.hex()}
+    return data, ends, head | {"payload": payload, "sidecar": sidecar}
+
+
+def _open_nanogpt(cls, spec: str, split: str) -> TokenDataset:
+    """nanoGPT's headerless uint16 files and the 20240520 format of llm.c and modded-nanogpt.
+
+    Neither stores hashes or document ends, so this reads every token once. A document ends after
+    GPT-2's end-of-text token, as in nanoGPT and in our own shards.
+    """
+    paths = _nanogpt_files(spec, Path(spec.removeprefix("nanogpt:")).expanduser(), split)
+    shards, digests, ends, top = [], [], [], 0
+    for path in paths:
+        data = _map_nanogpt(path)
+        hasher, offset = xxhash.xxh3_64(), sum(map(len, shards))
+        for part in _parts(data):
+            hasher.update(part)
+            ends.append(np.flatnonzero(part == GPT2_EOT) + offset + 1)
+            top = max(top, int(part.max()))
+            offset += len(part)
+        shards.append(data)
+        digests.append([2, len(data), hasher.intdigest()])
+    found = np.concatenate(ends)
+    total = sum(map(len, shards))
+    has_eot = found.size > 0
+    if not has_eot or found[-1] != total:  # the last document may be cut short
+        found = np.append(found, total)
+    return cls(
+        f"{spec} ({split})",
+        shards,
+        doc_ends=found,
+        digests=digests,
+        vocab_size=None,
+        min_vocab_size=top + 1,
+        eos=GPT2_EOT if has_eot else None,
+        bos=None,
+        tokenizer_hash=None,
+    )
+
+
+def _nanogpt_files(spec: str, path: Path, split: str) -> list[Path]:
+    if path.is_dir():
+        plain = path / f"{split}.bin"
+        files = [plain] if plain.is_file() else sorted(path.glob(f"*{split}*.bin"))
+        if not files:
+            raise UserError(f"--data {spec}: no {split}.bin or *{split}*.bin in that folder")
+        return files
+    if not path.is_file():
+        raise UserError(f"--data {spec}: no such file or folder")
+    # One file must never serve as both training and held-out text.
+    if split not in path.name and (split != "train" or "val" in path.name):
+        raise UserError(f"--data {spec}: one file, without a {split!r} split; name its folder")
+    return [path]
+
+
+def _map_nanogpt(path: Path) -> np.ndarray:
+    size = path.stat().st_size
+    head = np.fromfile(path, "<i4", count=3)
+    if len(head) == 3 and head[0] == GPT2_MAGIC:
+        if head[1] != GPT2_VERSION:
+            raise UserError(f"{path}: format version {head[1]}, expected {GPT2_VERSION}")
+        tokens, offset = int(head[2]), HEADER_BYTES
+    else:
+        tokens, offset = size // 2, 0
+    if tokens < 1 or size != offset + 2 * tokens:
+        raise UserError(
+            f"{path}: {size} bytes, expected {offset} + 2 for each of {max(tokens, 1)} tokens"
+        )
+    return np.memmap(path, "<u2", "r", offset=offset, shape=(tokens,))
+
+
+def _sidecar(path: Path) -> Path:
+    return path.with_suffix(".docs.npy")
+
+
+def _remove_shard(path: Path) -> None:
+    path.unlink()
+    _sidecar(path).unlink(missing_ok=True)
+
+
+def _load_ends(path: Path) -> np.ndarray:
+    try:
+        ends = np.load(path, allow_pickle=False)
+    except FileNotFoundError:
+        raise UserError(f"{path}: missing; it holds the document ends of its shard") from None
+    except (ValueError, EOFError) as error:
+        raise UserError(f"{path}: not a readable .npy file") from error
+    if ends.dtype != np.dtype("<i8") or ends.ndim != 1 or not len(ends):
+        raise UserError(f"{path}: {ends.dtype} of shape {ends.shape}, expected 1-D int64")
+    return ends
+
+
+def _load_meta(path: Path) -> dict:
+    try:
+        meta = json.loads(path.read_text(encoding="utf-8"))
+        known = meta["format"] == "retort-shards"
+        known &= {"name", "hash"} <= meta["tokenizer"].keys()
+        known &= {"version", "source", "vocab_size", "eos_token_id"} <= meta.keys()
+        for entry in meta["splits"].values():
+            known &= {"shards", "tokens", "documents"} <= entry.keys()
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{path}: damaged, or not the meta.json of a token data set") from error
+    if not known:
+        raise UserError(f"{path}: not the meta.json of a token data set")
+    if meta["version"] != VERSION:
+        raise UserError(f"{path}: format version {meta['version']}, expected {VERSION}")
+    return meta
+
+
+def _parts(data: np.ndarray):
+    """Consecutive pieces small enough to hash and scan without paging in a whole shard."""
+    step = SCAN_BYTES // data.itemsize
+    return (np.asarray(data[i : i + step]) for i in range(0, len(data), step))
+
+
+def _write_file(path: Path, payload: bytes) -> None:
+    tmp = path.with_name(path.name + ".tmp")
+    with open(tmp, "wb") as file:
+        file.write(payload)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(tmp, path)

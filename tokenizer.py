@@ -1,0 +1,299 @@
+"""Tokenizers behind one small interface: bytes, tiktoken encodings, Hugging Face tokenizer.json.
+
+    python -m pytest tests/test_tokenizer.py
+
+`load_tokenizer(spec)` returns a `Tokenizer`. Its `hash` is taken over the vocabulary and the
+splitting rules, not over file bytes, so two folders holding the same tokenizer agree and data can
+be checked against a model. Nothing here imports torch: data workers start in milliseconds.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+
+from config import UserError
+
+# Where a bare tokenizer.json has no config beside it: the usual names of the end-of-text token.
+COMMON_EOS = ("<|endoftext|>", "</s>", "<|end_of_text|>", "<eos>", "<|im_end|>", "[EOS]")
+EOS_FILES = ("tokenizer_config.json", "generation_config.json", "config.json")
+
+
+class Tokenizer:
+    """What the rest of the code may use. Subclasses give `_encode`, `_encode_batch`, `decode`.
+
+    name           short name for logs and meta.json
+    spec           what the user typed; `portable_spec` is None when it is an absolute path
+    vocab_size     1 + the largest id
+    eos_token_id   appended to every document of a data set
+    bos_token_id   or None
+    hash           16 hex digits (8 bytes) over vocabulary, merges and splitting rules
+    chat_template  Jinja source, or None
+    """
+
+    def __init__(
+        self, *, spec, name, vocab_size, eos_token_id, bos_token_id, digest, chat_template
+    ):
+        self.spec = spec
+        self.name = name
+        self.vocab_size = vocab_size
+        self.eos_token_id = eos_token_id
+        self.bos_token_id = bos_token_id
+        self.hash = digest
+        self.chat_template = chat_template
+
+    @property
+    def portable_spec(self) -> str | None:
+        """The spec if it can mean the same on another machine, else None."""
+        path = Path(self.spec)
+        return None if path.is_absolute() or self.spec.startswith("~") else self.spec
+
+    def encode(self, text: str, *, special_tokens: bool = False) -> list[int]:
+        """Token ids of `text`; nothing is added around it.
+
+        Text such as "<|endoftext|>" is ordinary text unless `special_tokens` (chat prompts):
+        a web page that mentions a control token must not end a document.
+        """
+        return self._encode(_valid_unicode(text), special_tokens)
+
+    def encode_batch(self, texts: list[str]) -> list[list[int]]:
+        """`encode` for many texts, several times faster where the library is."""
+        return self._encode_batch([_valid_unicode(text) for text in texts])
+
+    def decode(self, ids: list[int]) -> str:
+        """Text of `ids`. Ids outside the vocabulary (padded embedding rows) show as U+FFFD."""
+        raise AssertionError("subclasses decode")
+
+
+class ByteTokenizer(Tokenizer):
+    """UTF-8 bytes 0..255 and one end-of-text id, 256."""
+
+    def __init__(self):
+        super().__init__(
+            spec="byte",
+            name="byte",
+            vocab_size=257,
+            eos_token_id=256,
+            bos_token_id=None,
+            digest=_digest("byte", 257),
+            chat_template=None,
+        )
+
+    def _encode(self, text, special_tokens):
+        return list(text.encode())
+
+    def _encode_batch(self, texts):
+        return [list(text.encode()) for text in texts]
+
+    def decode(self, ids):
+        pieces = (bytes([i]) if i < 256 else _BYTE_OTHER.get(i, b"\xef\xbf\xbd") for i in ids)
+        return b"".join(pieces).decode("utf-8", errors="replace")
+
+
+_BYTE_OTHER = {256: b"<|endoftext|>"}
+
+
+class TiktokenTokenizer(Tokenizer):
+    """An encoding of OpenAI's tiktoken, by name."""
+
+    def __init__(self, spec, encoding):
+        self._encoding = encoding
+        ranks = encoding._mergeable_ranks
+        digest = _digest(
+            "tiktoken",
+            encoding._pat_str,
+            sorted(encoding._special_tokens.items()),
+            sorted((rank, token.hex()) for token, rank in ranks.items()),
+        )
+        super().__init__(
+            spec=spec,
+            name=spec,
+            vocab_size=encoding.n_vocab,
+            eos_token_id=encoding.eot_token,
+            bos_token_id=None,
+            digest=digest,
+            chat_template=None,
+        )
+
+    def _encode(self, text, special_tokens):
+        if special_tokens:
+            return self._encoding.encode(text, allowed_special="all", disallowed_special=())
+        return self._encoding.encode_ordinary(text)
+
+    def _encode_batch(self, texts):
+        return self._encoding.encode_ordinary_batch(texts)
+
+    def decode(self, ids):
+        try:
+            return self._encoding.decode(ids)
+        except KeyError:  # an id that names no token: show that one, keep the rest
+            return b"".join(map(self._token_bytes, ids)).decode("utf-8", errors="replace")
+
+    def _token_bytes(self, i):
+        try:
+            return self._encoding.decode_single_token_bytes(i)
+        except KeyError:
+            return b"\xef\xbf\xbd"
+
+
+class JsonTokenizer(Tokenizer):
+    """A Hugging Face tokenizer.json, run by the `tokenizers` library."""
+
+    def __init__(self, spec, path):
+        from tokenizers import Tokenizer as Backend
+
+        try:
+            self._backend = Backend.from_file(str(path))
+        except Exception as error:  # the library raises bare Exception for every kind of bad file
+            raise UserError(f"--tokenizer: cannot read {path}: {_one_line(error)}") from error
+        # Files saved from a training run may cut or pad every text: documents must stay whole.
+        self._backend.no_truncation()
+        self._backend.no_padding()
+        self._backend.encode_special_tokens = True
+        self._with_special = None
+        folder = path.parent
+        config = _read_json(folder / "tokenizer_config.json")
+        vocab = self._backend.get_vocab(with_added_tokens=True)
+        vocab_size = 1 + max(vocab.values(), default=-1)
+        eos = self._token_id(folder, "eos", vocab, vocab_size)
+        if eos is None:
+            eos = next((vocab[name] for name in COMMON_EOS if name in vocab), None)
+        if eos is None:
+            raise UserError(
+                f"--tokenizer {spec}: no end-of-text token found; expected eos_token in"
+                f" {folder / 'tokenizer_config.json'} naming a token of the vocabulary"
+            )
+        super().__init__(
+            spec=spec,
+            name=path.resolve().parent.name if path.name == "tokenizer.json" else path.stem,
+            vocab_size=vocab_size,
+            eos_token_id=eos,
+            bos_token_id=self._token_id(folder, "bos", vocab, vocab_size),
+            digest=_json_digest(self._backend.to_str()),
+            chat_template=_chat_template(folder, config),
+        )
+
+    def _token_id(self, folder, which, vocab, vocab_size):
+        """The id of the eos/bos token: the tokenizer's own config first, then the model's."""
+        for name in EOS_FILES:
+            config = _read_json(folder / name)
+            for key in (f"{which}_token_id", f"{which}_token"):
+                value = config.get(key)
+                if isinstance(value, list):
+                    value = value[0] if value else None
+                if isinstance(value, dict):
+                    value = value.get("content")
+                if isinstance(value, str):
+                    value = vocab.get(value)
+                if isinstance(value, int) and 0 <= value < vocab_size:
+                    return value
+        return None
+
+    def _encode(self, text, special_tokens):
+        backend = self._backend
+        if special_tokens:
+            if self._with_special is None:  # a second copy, since the switch is a shared setting
+                self._with_special = type(backend).from_str(backend.to_str())
+                self._with_special.encode_special_tokens = False
+            backend = self._with_special
+        return backend.encode(text, add_special_tokens=False).ids
+
+    def _encode_batch(self, texts):
+        encoded = self._backend.encode_batch_fast(texts, add_special_tokens=False)
+        return [encoding.ids for encoding in encoded]
+
+    def decode(self, ids):
+        # The library drops unknown ids in silence; cut at them so that they show.
+        pieces, known = [], []
+        for i in ids:
+            if self._backend.id_to_token(i) is None:
+                pieces += [self._backend.decode(known, skip_special_tokens=False), "\ufffd"]
+                known = []
+            else:
+                known.append(i)
+        return "".join([*pieces, self._backend.decode(known, skip_special_tokens=False)])
+
+
+def load_tokenizer(spec: str) -> Tokenizer:
+    """The tokenizer that `--tokenizer SPEC` names.
+
+    "byte", a tiktoken encoding ("gpt2", "o200k_base", ...), or the path of a tokenizer.json or of
+    a folder holding one. A path wins over a tiktoken name only if written as one ("./gpt2").
+    Raises `UserError` for anything else, or when tiktoken cannot get its files.
+    """
+    import tiktoken
+
+    if spec == "byte":
+        return ByteTokenizer()
+    names = tiktoken.list_encoding_names()
+    if spec in names:
+        try:
+            return TiktokenTokenizer(spec, tiktoken.get_encoding(spec))
+        except (OSError, ValueError) as error:  # no network (requests), or a damaged cached file
+            raise UserError(
+                f"--tokenizer {spec}: tiktoken cannot get its vocabulary files"
+                f" ({type(error).__name__}); connect once, or set TIKTOKEN_CACHE_DIR to a folder"
+                " that has them"
+            ) from error
+    path = Path(spec).expanduser()
+    if path.is_dir():
+        file = path / "tokenizer.json"
+        if not file.is_file():
+            raise UserError(f"--tokenizer {spec}: the folder holds no tokenizer.json")
+        return JsonTokenizer(spec, file)
+    if path.is_file():
+        return JsonTokenizer(spec, path)
+    raise UserError(
+        f'--tokenizer {spec!r}: expected "byte", a tiktoken encoding ({", ".join(names)}), or the'
+        " path of a tokenizer.json or of a folder holding one"
+    )
+
+
+def _json_digest(serialized: str) -> str:
+    """Only what decides the ids: not padding, truncation, added bos/eos, or how text is decoded."""
+    tokenizer = json.loads(serialized)
+    added = sorted((token["id"], token["content"]) for token in tokenizer["added_tokens"])
+    parts = [tokenizer[key] for key in ("model", "normalizer", "pre_tokenizer")]
+    return _digest("json", added, *parts)
+
+
+def _digest(*parts) -> str:
+    text = json.dumps(parts, sort_keys=True, ensure_ascii=True)
+    return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
+
+
+def _chat_template(folder: Path, config: dict) -> str | None:
+    file = folder / "chat_template.jinja"
+    if file.is_file():
+        return file.read_text(encoding="utf-8")
+    template = config.get("chat_template")
+    if isinstance(template, list):  # several named templates
+        template = {entry["name"]: entry["template"] for entry in template}.get("default")
+    return template
+
+
+def _read_json(path: Path) -> dict:
+    """The file's object; {} if there is no such file."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    except ValueError as error:
+        raise UserError(f"--tokenizer: {path} is not valid JSON: {_one_line(error)}") from error
+    if not isinstance(value, dict):
+        raise UserError(f"--tokenizer: {path} holds {type(value).__name__}, expected an object")
+    return value
+
+
+def _valid_unicode(text: str) -> str:
+    """JSON may hold lone surrogates, which no tokenizer can encode: they become U+FFFD."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    return text
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:200]
