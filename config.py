@@ -1,6 +1,6 @@
 """Configuration: model shape, training settings and their allowed ranges, the layer-list grammar.
 
-Presets and flags are read by `cli.py`; `python train_kd.py --help` lists every field. No torch here.
+Presets and flags are read by `cli.py`; `python train_kd.py --help` lists them. No torch here.
 """
 
 from __future__ import annotations
@@ -127,7 +127,9 @@ class Recipe:
     """Optimizer and schedule of one stage."""
 
     lr: float = opt(3e-4, "peak learning rate", low=0.0)
-    muon_lr: float = opt(0.02, "peak learning rate of matrices under Muon", low=0.0)
+    muon_lr: float = opt(
+        0.0, "peak lr of matrices under Muon; 0 = lr, with updates of AdamW's size", low=0.0
+    )
     min_lr_ratio: float = opt(0.1, "last learning rate / peak", low=0.0, high=1.0)
     warmup_steps: int = opt(50, "linear warm-up, steps", low=0)
     schedule: str = opt("cosine", "learning-rate shape", choices=("cosine", "wsd", "constant"))

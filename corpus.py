@@ -1,6 +1,6 @@
 """A corpus that is always there: the running Python's own standard library.
 
-    python -m pytest tests/test_data.py -k stdlib
+    python -m pytest tests/test_corpus.py
 
 Three kinds of document: the language reference (`pydoc_data.topics`), the docstrings of each
 module, and the code of as many modules as make code about half of the text. A docstring is taken
@@ -12,6 +12,7 @@ modules are parsed. The same Python gives the same corpus.
 from __future__ import annotations
 
 import ast
+import gc
 import hashlib
 import os
 import platform
@@ -162,20 +163,32 @@ def _modules() -> tuple[list[Document], list[Document]]:
     """Docstrings and code of every module, sorted by name."""
     root = Path(sysconfig.get_path("stdlib"))
     docstrings, sources, seen = [], [], set()
-    for path in _module_files(root):
-        relative = path.relative_to(root)
-        name = ".".join(relative.with_suffix("").parts).removesuffix(".__init__")
-        text = path.read_text(encoding="utf-8", errors="replace")
-        lines = text.split("\n")
-        parts = []
-        _visit(ast.parse(text), name, lines, parts, seen)
-        prose = "\n\n".join(parts)
-        code = "\n".join(line for line in lines if line is not None)
-        if len(prose) >= MIN_CHARS:
-            docstrings.append(Document("docstrings", name, prose + "\n"))
-        if len(code) >= MIN_CHARS:
-            sources.append(Document("source", name, code))
+    # Syntax trees are many objects and no cycles: with torch loaded, half of the time would go to
+    # the collector walking over everything else.
+    collecting = gc.isenabled()
+    gc.disable()
+    try:
+        for path in _module_files(root):
+            relative = path.relative_to(root)
+            name = ".".join(relative.with_suffix("").parts).removesuffix(".__init__")
+            prose, code = _take_apart(name, path.read_text("utf-8", errors="replace"), seen)
+            if len(prose) >= MIN_CHARS:
+                docstrings.append(Document("docstrings", name, prose))
+            if len(code) >= MIN_CHARS:
+                sources.append(Document("source", name, code))
+    finally:
+        if collecting:
+            gc.enable()
     return docstrings, sources
+
+
+def _take_apart(name: str, text: str, seen: set[str]) -> tuple[str, str]:
+    """(docstrings, code without them) of a module."""
+    lines: list[str | None] = text.split("\n")
+    parts: list[str] = []
+    _visit(ast.parse(text), name, lines, parts, seen)
+    code = "\n".join(line for line in lines if line is not None)
+    return "\n\n".join(parts) + "\n", code
 
 
 def _module_files(root: Path):

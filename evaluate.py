@@ -18,6 +18,7 @@ from torch import Tensor
 
 from config import UserError
 from data import Batch, TokenDataset, eval_batches
+from distributed import World, all_sum
 from generate import generate
 from layers import sdpa_priority
 from losses import ce_head, kd_head
@@ -36,6 +37,7 @@ class Evaluator:
 
     The teacher's hidden states are computed once on the CPU, where they are dear, and again each
     time elsewhere. first: number of leading blocks that student and teacher share (0 = none).
+    Under several ranks each scores its share of the rows, and all get the result.
     """
 
     def __init__(
@@ -45,12 +47,15 @@ class Evaluator:
         *,
         amp=nullcontext,
         first: int = 0,
+        world: World | None = None,
     ):
         if not batches:
             raise UserError(
                 "--eval_tokens: no held-out row fits, more tokens or shorter rows expected"
             )
-        self.batches, self.teacher, self.amp, self.first = batches, teacher, amp, first
+        self.world = world or World(0, 1, torch.device("cpu"))
+        self.batches = batches[self.world.rank :: self.world.size]
+        self.teacher, self.amp, self.first = teacher, amp, first
         self._held: list[tuple[Tensor, Tensor | None]] | None = None
 
     def _teacher_states(self, batch: Batch) -> tuple[Tensor, Tensor | None]:
@@ -72,15 +77,15 @@ class Evaluator:
     def __call__(self, model: Transformer) -> dict[str, float]:
         """ppl, ce (nats per token); with a teacher also teacher_ppl, ratio, kl (teacher to
         student, nats per token) and top1 (share of tokens with the same argmax)."""
-        sums = None
         device = model.embed_tokens.weight.device
+        # float32 sums of a batch are exact enough; their total is not over many batches.
+        sums = torch.zeros(5, dtype=torch.float64, device="cpu")
         with self.amp(), sdpa_priority(device):
             if self.teacher is None:
                 for batch in self.batches:
                     batch = batch.to(device)
                     out = ce_head(model(**inputs(batch)), model.head_weight, batch.labels)
-                    new = torch.stack([out.ce, out.count.to(out.ce)])
-                    sums = new if sums is None else sums + new
+                    sums[:2] += torch.stack([out.ce, out.count.to(out.ce)]).cpu()
             else:
                 for batch, (t_hidden, kept) in self._pairs():
                     s_hidden = t_hidden
@@ -92,13 +97,13 @@ class Evaluator:
                         batch.labels, with_metrics=True, ce_weight=1.0,
                     )  # fmt: skip
                     parts = (out.ce, out.count, out.kd, out.teacher_ce, out.agree)
-                    new = torch.stack([p.to(out.ce) for p in parts])
-                    sums = new if sums is None else sums + new
+                    sums += torch.stack([p.to(out.ce) for p in parts]).cpu()
+        sums = all_sum(sums.to(self.world.device, torch.float32), self.world)
         ce, count, *rest = sums.tolist()
         if not count:
             raise UserError("--eval_tokens: no label in the held-out rows, more tokens expected")
         result = {"ce": ce / count, "ppl": _exp(ce / count)}
-        if rest:
+        if self.teacher is not None:
             kd, teacher_ce, agree = rest
             result["teacher_ppl"] = _exp(teacher_ce / count)
             result["ratio"] = _exp((ce - teacher_ce) / count)

@@ -87,7 +87,7 @@ def main(argv: list[str] | None = None) -> None:
         prompt = args.prompt
         if args.chat:
             prompt = f"<|im_start|>user\n{prompt}<|im_end|>\n<|im_start|>assistant\n"
-        ids = tokenizer.encode_chat(prompt) if args.chat else tokenizer.encode(prompt)
+        ids = tokenizer.encode(prompt, special_tokens=args.chat)
         generator = torch.Generator(args.device).manual_seed(args.seed)
         amp = torch.autocast("cuda", torch.bfloat16, enabled=args.device.startswith("cuda"))
         with amp:

@@ -17,6 +17,7 @@ import shutil
 from pathlib import Path
 
 import torch
+import xxhash
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -25,8 +26,15 @@ from config import ModelConfig, UserError
 from model import Transformer
 
 MODEL_TYPES = ("llama", "qwen2", "qwen3", "retort")
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
-                   "vocab.json", "merges.txt", "chat_template.jinja", "generation_config.json")  # fmt: skip
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+    "generation_config.json",
+)
 SHARD_BYTES = 5 * 10**9
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
@@ -125,6 +133,20 @@ def tokenizer_spec(folder: str | Path) -> str:
     if not name:
         raise UserError(f"{folder}: no tokenizer.json; --tokenizer has to name one")
     return name
+
+
+def fingerprint(folder: str | Path) -> str:
+    """Hex digest of a model's config and weights: of each file the size, the first and the last
+    MiB (a safetensors header names every tensor; reading all of a large model is too slow)."""
+    digest = xxhash.xxh3_64()
+    folder = Path(folder)
+    for path in [folder / "config.json", *sorted(folder.glob("*.safetensors"))]:
+        size = path.stat().st_size
+        with open(path, "rb") as f:
+            digest.update(f"{path.name} {size}".encode() + f.read(1 << 20))
+            f.seek(max(0, size - (1 << 20)))
+            digest.update(f.read())
+    return digest.hexdigest()
 
 
 def read_weights(folder: str | Path) -> dict[str, Tensor]:

@@ -123,7 +123,7 @@ def check_transfer(
     (below .99) or a parameter of the mixer was left unset (not finite).
     """
     worst = {}
-    for i, normed, _ in teacher.attention_taps(input_ids, layers=layers):
+    for i, normed, _, _ in teacher.attention_taps(input_ids, layers=layers):
         soft, linear = teacher.layers[i].self_attn, student.layers[i].linear_attn
         normed = normed.float()
         for name, p in linear.named_parameters():

@@ -9,6 +9,7 @@ Shapes: B batch, T time, d hidden size, H query heads, G key/value heads, D head
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 
 import torch
@@ -178,7 +179,7 @@ class Transformer(nn.Module):
             )  # fmt: skip
             if kernel == "segments":
                 bounds = cu_seqlens.tolist()
-                lengths = tuple(b - a for a, b in zip(bounds, bounds[1:], strict=False) if b > a)
+                lengths = tuple(b - a for a, b in itertools.pairwise(bounds) if b > a)
             elif kernel in ("masked", "math"):
                 time = torch.arange(length, device=device)
                 doc = torch.searchsorted(cu_seqlens, time, right=True)
@@ -234,8 +235,8 @@ class Transformer(nn.Module):
         positions: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
         max_seqlen: int = 0,
-    ) -> Iterator[tuple[int, Tensor, Tensor]]:
-        """Run the blocks up to the last of `layers`, yielding (i, input, output) of each one's
+    ) -> Iterator[tuple[int, Tensor, Tensor, SeqInfo]]:
+        """Run the blocks up to the last of `layers`, yielding (i, input, output, seq) of each one's
         attention, [B, T, d] both, as soon as they are known, so nothing need be kept."""
         h = self.embed(input_ids)
         seq = self.seq_info(
@@ -246,12 +247,12 @@ class Transformer(nn.Module):
         for i in range(last):
             if i in layers:
                 h, normed, out = self.layers[i](h, seq, None, True)
-                yield i, normed, out
+                yield i, normed, out, seq
             else:
                 h = self.layers[i](h, seq)
         block = self.layers[last]  # its MLP is not needed
         normed = block.input_layernorm(h)
-        yield last, normed, block.attention(normed, seq)
+        yield last, normed, block.attention(normed, seq), seq
 
     def new_cache(self) -> list[LayerCache]:
         """An empty cache for generation."""

@@ -2,9 +2,9 @@
 
     pytest tests/test_optimizer.py
 
-Learning rates: Muon's unit depends on `adjust_lr`. "match_rms_adamw" (the default) gives the update
-the RMS of a typical AdamW update, so that AdamW's lr and weight decay carry over; "original" keeps
-the orthogonal update's own scale, where 0.02 is usual.
+Learning rates: Muon's unit depends on `adjust_lr`. "match_rms_adamw" gives the update the RMS of a
+typical AdamW update, so that AdamW's lr and weight decay carry over; "original" keeps the scale of
+the orthogonal update itself, where 0.02 is usual.
 
 Shapes: N matrices in a stack, R rows, C columns with R <= C (tall matrices are transposed).
 """
@@ -14,66 +14,16 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from config import UserError
+from muon import Muon, choose, is_sharded
 
 # Modules whose 2-D weight is no hidden matrix: rows are tokens, or heads of a scalar gate.
 ADAMW_MODULES = frozenset({"embed_tokens", "lm_head", "a_proj", "b_proj"})
-
-EPS = 1e-7  # floor of the norm that Newton-Schulz divides by, as in torch.optim.Muon
-
-# K. Jordan, https://kellerjordan.github.io/posts/muon/ : one polynomial for every iteration;
-# singular values end up in about [0.7, 1.2] and do not converge further.
-_QUINTIC = [(3.4445, -4.7750, 2.0315)]
-
-# Amsel et al. 2025, arXiv 2505.16932, Algorithm 1: each polynomial is minimax-optimal for what the
-# previous ones leave of singular values in [1e-3, 1]; from the eighth on it is Newton-Schulz.
-_POLAR_EXPRESS = [
-    (8.28721201814563, -23.595886519098837, 17.300387312530933),
-    (4.107059111542203, -2.9478499167379106, 0.5448431082926601),
-    (3.9486908534822946, -2.908902115962949, 0.5518191394370137),
-    (3.3184196573706015, -2.488488024314874, 0.51004894012372),
-    (2.300652019954817, -1.6689039845747493, 0.4188073119525673),
-    (1.891301407787398, -1.2679958271945868, 0.37680408948524835),
-    (1.8750014808534479, -1.2500016453999487, 0.3750001645474248),
-    (1.875, -1.25, 0.375),
-]
-# The paper's safety factor (its section 4.4): each polynomial but the last sees x / 1.01, so that a
-# singular value rounded above 1 in bf16 does not leave the interval and blow up; the first division
-# by the Frobenius norm gets the same slack.
-_SAFETY = 1.01
-
-# name -> (per-iteration (a, b, c), the last one repeating; slack of the first normalisation)
-COEFFICIENTS: dict[str, tuple[list[tuple[float, float, float]], float]] = {
-    "quintic": (_QUINTIC, 1.0),
-    "polar_express": (
-        [(a / _SAFETY, b / _SAFETY**3, c / _SAFETY**5) for a, b, c in _POLAR_EXPRESS[:-1]]
-        + _POLAR_EXPRESS[-1:],
-        _SAFETY,
-    ),
-}
-
-# name -> factor on lr for a [rows, cols] matrix; the semantics of torch.optim.Muon's adjust_lr_fn
-ADJUST_LR: dict[str, Callable[[int, int], float]] = {
-    "original": lambda rows, cols: math.sqrt(max(1.0, rows / cols)),
-    "match_rms_adamw": lambda rows, cols: 0.2 * math.sqrt(max(rows, cols)),
-}
-
-# Elements of one Newton-Schulz stack (a larger matrix goes alone): enough small matrices to fill a
-# GPU, yet few enough that the stacks of a small model still spread evenly over 8 ranks.
-STACK_ELEMENTS = 2**24
-
-
-def _choose(table: dict, name: str, what: str):
-    if name not in table:
-        raise UserError(f"{what}={name!r} is unknown; choose one of {', '.join(table)}")
-    return table[name]
-
 
 # Parameter roles and groups
 
@@ -140,231 +90,6 @@ def build_groups(
     ids = [id(p) for group in groups.values() for p in group["params"]]
     assert len(ids) == len(set(ids)) and set(ids) == set(first_name)
     return list(groups.values())
-
-
-# Newton-Schulz
-
-
-def _polynomials(coefficients: str, steps: int) -> tuple[list[tuple[float, float, float]], float]:
-    table, slack = _choose(COEFFICIENTS, coefficients, "coefficients")
-    return [table[min(i, len(table) - 1)] for i in range(steps)], slack
-
-
-def newton_schulz_ref(
-    matrix: Tensor, *, coefficients: str = "polar_express", steps: int = 5, eps: float = EPS
-) -> Tensor:
-    """The iteration on one matrix of either orientation, in its own dtype, as one would write it.
-
-    X <- G / ||G||_F, then `steps` times X <- a X + b (X X^T) X + c (X X^T)^2 X: an odd polynomial
-    on each singular value that drives all of them towards 1, so that X -> U V^T for G = U S V^T.
-    """
-    polynomials, slack = _polynomials(coefficients, steps)
-    x = matrix.T if matrix.shape[0] > matrix.shape[1] else matrix
-    x = x / (x.norm() * slack).clamp(min=eps)
-    for a, b, c in polynomials:
-        gram = x @ x.T
-        x = a * x + (b * gram + c * gram @ gram) @ x
-    return x.T if matrix.shape[0] > matrix.shape[1] else x
-
-
-def newton_schulz(
-    stack: Tensor, *, coefficients: str = "polar_express", steps: int = 5, eps: float = EPS
-) -> Tensor:
-    """`newton_schulz_ref` on every matrix of stack [N, R, C], R <= C, computed in its dtype."""
-    assert stack.ndim == 3 and stack.shape[1] <= stack.shape[2], stack.shape
-    polynomials, slack = _polynomials(coefficients, steps)
-    norm_dtype = torch.promote_types(stack.dtype, torch.float32)
-    norm = torch.linalg.vector_norm(stack, dim=(1, 2), keepdim=True, dtype=norm_dtype)
-    x = (stack / (norm * slack).clamp(min=eps)).to(stack.dtype)
-    for a, b, c in polynomials:
-        gram = x @ x.mT  # [N, R, R]
-        poly = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)  # b A + c A^2
-        x = torch.baddbmm(x, poly, x, beta=a)  # [N, R, C]
-    return x
-
-
-# Muon
-
-
-@dataclass
-class _Matrix:
-    """One parameter of this step, with what is needed to compute and to apply its update."""
-
-    param: Tensor
-    grad: Tensor
-    momentum_buffer: Tensor
-    momentum: float
-    shrink: float  # the weight is multiplied by this: decoupled weight decay
-    scale: float  # lr times the adjustment for the shape
-
-    @property
-    def tall(self) -> bool:
-        return self.param.shape[0] > self.param.shape[1]
-
-
-def _make_stacks(matrices: list[_Matrix]) -> list[list[_Matrix]]:
-    """Same shape up to transposition, at most STACK_ELEMENTS each, filled evenly.
-
-    Stacks do not depend on the number of ranks: whole stacks are dealt out, so the very same
-    kernels run on the very same shapes and the update is bitwise that of a single process.
-    """
-    by_shape = defaultdict(list)
-    for matrix in matrices:
-        key = (min(matrix.param.shape), max(matrix.param.shape))
-        by_shape[(*key, matrix.param.device, matrix.momentum)].append(matrix)
-    stacks = []
-    for (rows, cols, _, _), same in by_shape.items():
-        n, fit = len(same), max(1, STACK_ELEMENTS // (rows * cols))
-        count = math.ceil(n / fit)
-        stacks += [same[n * i // count : n * (i + 1) // count] for i in range(count)]
-    return stacks
-
-
-def _deal(stacks: list[list[_Matrix]], world_size: int) -> list[list[tuple[int, list[_Matrix]]]]:
-    """Deal stacks over ranks, dearest first to the least loaded; returns rounds of (owner, stack).
-
-    A round holds at most one stack of each rank. Every rank gets the same answer.
-    """
-
-    def cost(stack: list[_Matrix]) -> int:
-        rows, cols = min(stack[0].param.shape), max(stack[0].param.shape)
-        return len(stack) * rows * rows * (2 * cols + rows)
-
-    load = [0] * world_size
-    hands: list[list[list[_Matrix]]] = [[] for _ in range(world_size)]
-    for stack in sorted(stacks, key=cost, reverse=True):
-        owner = load.index(min(load))
-        load[owner] += cost(stack)
-        hands[owner].append(stack)
-    return [
-        [(owner, hand[i]) for owner, hand in enumerate(hands) if i < len(hand)]
-        for i in range(max(map(len, hands)))
-    ]
-
-
-class Muon(torch.optim.Optimizer):
-    """Momentum, orthogonalised by Newton-Schulz, for hidden 2-D weights.
-
-        B_t = mu B_{t-1} + (1 - mu) G_t
-        O_t = NewtonSchulz(mu B_t + (1 - mu) G_t  if nesterov else  B_t)
-        W_t = (1 - lr wd) W_{t-1} - lr adjust(W) O_t
-
-    (K. Jordan, https://kellerjordan.github.io/posts/muon/; match_rms_adamw: Liu et al. 2025,
-    arXiv 2502.16982.) Equals `torch.optim.Muon` with the same settings, but runs all matrices of
-    one shape as one batch, and with `world_size > 1` shares Newton-Schulz over the ranks: each
-    computes whole stacks and broadcasts the orthogonalised update. Gradients must already be
-    averaged, and every rank must have gradients for the same parameters. Momentum is kept on every
-    rank: it costs an addition, and any rank can then write the checkpoint.
-
-    params: 2-D tensors, or groups that may set lr, weight_decay and momentum.
-    lr: see the module's docstring for the unit.
-    coefficients: "quintic" or "polar_express".  ns_steps: iterations of Newton-Schulz.
-    ns_dtype: its dtype; None means bfloat16 on CUDA, float32 elsewhere (most CPUs emulate bf16).
-    process_group: None is the default group; unused when world_size is 1.
-    Raises UserError for an unknown name, a parameter that is not 2-D, and an FSDP2 shard.
-    """
-
-    def __init__(
-        self,
-        params,
-        lr: float = 1e-3,
-        *,
-        weight_decay: float = 0.0,
-        momentum: float = 0.95,
-        nesterov: bool = True,
-        coefficients: str = "polar_express",
-        ns_steps: int = 5,
-        ns_dtype: torch.dtype | None = None,
-        adjust_lr: str = "match_rms_adamw",
-        eps: float = EPS,
-        rank: int = 0,
-        world_size: int = 1,
-        process_group: dist.ProcessGroup | None = None,
-    ):
-        _choose(COEFFICIENTS, coefficients, "coefficients")
-        self.adjust = _choose(ADJUST_LR, adjust_lr, "adjust_lr")
-        assert 0 <= rank < world_size
-        self.nesterov, self.ns_dtype = nesterov, ns_dtype
-        self.ns_settings = {"coefficients": coefficients, "steps": ns_steps, "eps": eps}
-        self.rank, self.world_size, self.process_group = rank, world_size, process_group
-        super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum})
-        for p in (p for group in self.param_groups for p in group["params"]):
-            if p.ndim != 2:
-                raise UserError(f"Muon takes 2-D parameters, not one of shape {tuple(p.shape)}")
-            if _is_sharded(p):
-                raise UserError("Muon needs whole matrices: use_muon does not work with FSDP2 yet")
-
-    def init_state(self) -> None:
-        """Create the state that is missing, so that a checkpoint can be read before a step."""
-        for p in (p for group in self.param_groups for p in group["params"]):
-            if not self.state[p]:
-                self.state[p]["momentum_buffer"] = torch.zeros_like(p)
-
-    @torch.no_grad()
-    def step(self) -> None:
-        self.init_state()
-        rounds = _deal(_make_stacks(self._update_momentum()), self.world_size)
-        # One round is applied while the next is computed and sent: the exchange hides behind
-        # Newton-Schulz, and at most two rounds of updates are alive.
-        in_flight: list[tuple] = []
-        for stacks in rounds:
-            sent = [self._exchange(owner, stack) for owner, stack in stacks]
-            self._apply(in_flight)
-            in_flight = sent
-        self._apply(in_flight)
-
-    def _update_momentum(self) -> list[_Matrix]:
-        matrices = []
-        for group in self.param_groups:
-            lr, momentum = group["lr"], group["momentum"]
-            shrink = 1 - lr * group["weight_decay"]
-            params = [p for p in group["params"] if p.grad is not None]
-            if not params:
-                continue
-            grads = [p.grad for p in params]
-            buffers = [self.state[p]["momentum_buffer"] for p in params]
-            torch._foreach_lerp_(buffers, grads, 1 - momentum)
-            for p, grad, buffer in zip(params, grads, buffers, strict=True):
-                scale = lr * self.adjust(*p.shape)
-                matrices.append(_Matrix(p, grad, buffer, momentum, shrink, scale))
-        return matrices
-
-    def _orthogonalise(self, stack: list[_Matrix], out: Tensor) -> Tensor:
-        directions = [m.momentum_buffer for m in stack]
-        if self.nesterov:
-            directions = torch._foreach_lerp([m.grad for m in stack], directions, stack[0].momentum)
-        for slot, matrix, direction in zip(out, stack, directions, strict=True):
-            slot.copy_(direction.T if matrix.tall else direction)
-        return newton_schulz(out, **self.ns_settings)
-
-    def _exchange(self, owner: int, stack: list[_Matrix]) -> tuple:
-        """Compute the update of a stack, or start to receive it; (stack, update, pending work)."""
-        param = stack[0].param
-        default = torch.bfloat16 if param.is_cuda else torch.float32
-        shape = (len(stack), min(param.shape), max(param.shape))
-        update = torch.empty(shape, dtype=self.ns_dtype or default, device=param.device)
-        if owner == self.rank:
-            update = self._orthogonalise(stack, update)
-        if self.world_size == 1:
-            return stack, update, None
-        # As bytes: gloo has not always known bfloat16, and a broadcast does no arithmetic.
-        flat = update.view(-1).view(torch.uint8)
-        work = dist.broadcast(flat, group_src=owner, group=self.process_group, async_op=True)
-        return stack, update, work
-
-    def _apply(self, received: list[tuple]) -> None:
-        for stack, update, work in received:
-            if work is not None:
-                work.wait()
-            alike = defaultdict(lambda: ([], []))  # (shrink, scale) -> (params, updates)
-            for matrix, one in zip(stack, update.to(stack[0].param.dtype), strict=True):
-                params, updates = alike[matrix.shrink, matrix.scale]
-                params.append(matrix.param)
-                updates.append(one.T if matrix.tall else one)
-            for (shrink, scale), (params, updates) in alike.items():
-                if shrink != 1:
-                    torch._foreach_mul_(params, shrink)
-                torch._foreach_add_(params, updates, alpha=-scale)
 
 
 # Both optimizers together
@@ -473,7 +198,7 @@ def build_optimizer(
     coefficients: str = "polar_express",
     ns_steps: int = 5,
     ns_dtype: torch.dtype | None = None,
-    adjust_lr: str = "match_rms_adamw",
+    adjust_lr: str | None = None,
     rank: int = 0,
     world_size: int = 1,
     process_group: dist.ProcessGroup | None = None,
@@ -481,6 +206,9 @@ def build_optimizer(
     """Group the parameters (`build_groups`) and build their optimizers.
 
     `betas` and `eps` are AdamW's; `momentum` to `adjust_lr` and the three about ranks are Muon's.
+    adjust_lr: None means "original" if `muon_lr` is given, and otherwise "match_rms_adamw", because
+    Muon then runs at `lr`, which is in AdamW's unit. A `mixer_lr` is in the same unit as Muon's for
+    the mixers' matrices, so leave `muon_lr` out where the two would differ.
     Raises UserError if nothing is trainable.
     """
     groups = build_groups(
@@ -498,6 +226,8 @@ def build_optimizer(
     muon_groups = [g for g in groups if g["role"] == "muon"]
     adamw_groups = [g for g in groups if g["role"] != "muon"]
     muon = adamw = None
+    if adjust_lr is None:
+        adjust_lr = "match_rms_adamw" if muon_lr is None else "original"
     if muon_groups:
         muon = Muon(
             muon_groups,
@@ -522,11 +252,6 @@ def build_optimizer(
 # Gradient norm
 
 
-def _is_sharded(tensor: Tensor) -> bool:
-    # What FSDP2 makes of a tensor; importing DTensor to ask isinstance would cost a second.
-    return hasattr(tensor, "full_tensor")
-
-
 @torch.no_grad()
 def clip_grad_norm(params: Iterable[nn.Parameter], max_norm: float) -> Tensor:
     """Scale gradients in place to a total 2-norm of at most max_norm; 0 only measures.
@@ -540,7 +265,7 @@ def clip_grad_norm(params: Iterable[nn.Parameter], max_norm: float) -> Tensor:
         return torch.zeros(())
     kinds = defaultdict(list)
     for grad in grads:
-        kinds[_is_sharded(grad)].append(grad)  # foreach ops cannot mix shards and plain tensors
+        kinds[is_sharded(grad)].append(grad)  # foreach ops cannot mix shards and plain tensors
     totals = []
     for sharded, some in kinds.items():
         norms = torch._foreach_norm(some, 2, dtype=torch.float32)
@@ -587,7 +312,7 @@ def lr_factor(
     A decay_fraction of 0 means no decay for wsd and constant; cosine ignores decay_fraction.
     Raises UserError for an unknown schedule or a value out of range.
     """
-    shape = _choose(SCHEDULES, schedule, "schedule")
+    shape = choose(SCHEDULES, schedule, "schedule")
     if total_steps < 1 or warmup_steps < 0 or step < 0:
         raise UserError(
             f"need step >= 0, total_steps >= 1 and warmup_steps >= 0, "

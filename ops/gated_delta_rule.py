@@ -16,6 +16,8 @@ Keys are expected L2-normalised. Outputs have v's dtype.
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -31,7 +33,7 @@ def _per_document(op, q, k, v, g, beta, scale, initial_state, output_final_state
     outs, finals = [], []
     bounds = cu_seqlens.tolist()
     shape = (1, q.shape[2], q.shape[3], v.shape[3])
-    for i, (a, b) in enumerate(zip(bounds, bounds[1:], strict=False)):
+    for i, (a, b) in enumerate(itertools.pairwise(bounds)):
         state = None if initial_state is None else initial_state[i : i + 1]
         if a == b:  # the padding of cu_seqlens, or an empty document
             empty = torch.zeros(shape, dtype=_state_dtype(v), device=v.device)

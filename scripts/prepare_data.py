@@ -48,7 +48,8 @@ def read_text(path: Path, options, bad):
                 if blank == 2:
                     yield "".join(lines)
                     lines = []
-                lines.append(line)
+                if lines or not blank:
+                    lines.append(line)
             yield "".join(lines)
     except UnicodeDecodeError as error:
         bad(f"{path}: not UTF-8 ({error.reason} at byte {error.start})")
@@ -261,7 +262,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         options = parse(argv)
         stats = prepare(options)
-    except UserError as error:
+    except (UserError, OSError) as error:  # OSError: unreadable input, full disk
         print(f"prepare_data.py: {error}", file=sys.stderr)
         return 2
     seconds = time.perf_counter() - start

@@ -118,6 +118,18 @@ def test_one_flipped_bit_or_lost_byte_in_any_file_is_found_and_named(tmp_path):
     assert ckpt.verify_checkpoint(path) is None
 
 
+def test_reading_needs_every_file_at_its_size(tmp_path):
+    """Reading does not hash, but a lost shard would leave rows unread without an error."""
+    path = save(tmp_path, 1)
+    shard = next(path.glob("*.safetensors"))
+    shard.write_bytes(shard.read_bytes() + b"x")
+    with pytest.raises(UserError, match=rf"{shard.name} has \d+ bytes, expected \d+"):
+        ckpt.load_tensors(path, poisoned(some_tensors(1)))
+    shard.unlink()
+    with pytest.raises(UserError, match=f"{shard.name} is missing"):
+        ckpt.tensor_names(path)
+
+
 def test_every_byte_of_the_manifest_counts(tmp_path):
     path = save(tmp_path, 1)
     for position in range((path / "manifest.json").stat().st_size):

@@ -10,17 +10,15 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import nn
 
-import optimizer
+import muon as muon_module
 from config import UserError
+from muon import Muon, newton_schulz, newton_schulz_ref
 from optimizer import (
     SCHEDULES,
-    Muon,
     build_groups,
     build_optimizer,
     clip_grad_norm,
     lr_factor,
-    newton_schulz,
-    newton_schulz_ref,
     param_role,
 )
 
@@ -93,7 +91,7 @@ class Zoo(nn.Module):
 # Newton-Schulz
 
 
-@pytest.mark.parametrize("coefficients", optimizer.COEFFICIENTS)
+@pytest.mark.parametrize("coefficients", muon_module.COEFFICIENTS)
 @pytest.mark.parametrize("steps", [1, 5, 9])
 def test_batched_newton_schulz_equals_reference(coefficients, steps):
     stack = torch.randn(3, 17, 29, dtype=torch.float64)
@@ -119,7 +117,7 @@ def test_singular_values_after_newton_schulz():
     assert quintic.min() > 0.5 and quintic.max() < 1.3
 
 
-@pytest.mark.parametrize("coefficients", optimizer.COEFFICIENTS)
+@pytest.mark.parametrize("coefficients", muon_module.COEFFICIENTS)
 def test_bf16_newton_schulz_stays_bounded(coefficients):
     rank_one = torch.randn(2, 32, 1) @ torch.randn(2, 1, 64)  # one singular value of exactly 1
     for stack in (rank_one, torch.randn(2, 32, 64)):
@@ -205,14 +203,14 @@ def test_muon_equals_torch_on_cuda(monkeypatch):
 def test_stack_size_does_not_change_the_result(monkeypatch):
     results = []
     for elements in (2**24, 2 * 24 * 40, 1):
-        monkeypatch.setattr(optimizer, "STACK_ELEMENTS", elements)
+        monkeypatch.setattr(muon_module, "STACK_ELEMENTS", elements)
         params = random_params()
         muon = Muon(params, lr=0.02)
         for step in range(3):
             give_grads(params, seed=step)
             muon.step()
         sizes = [
-            len(s) * s[0].param.numel() for s in optimizer._make_stacks(muon._update_momentum())
+            len(s) * s[0].param.numel() for s in muon_module._make_stacks(muon._update_momentum())
         ]
         assert max(sizes) <= max(elements, 32 * 32)
         results.append(params)
@@ -243,13 +241,13 @@ def test_deal_is_balanced_and_complete():
     muon = Muon(params)
     muon.init_state()
     stacks = [[m] for m in muon._update_momentum()]
-    rounds = optimizer._deal(stacks, 4)
+    rounds = muon_module._deal(stacks, 4)
     dealt = [id(stack[0].param) for r in rounds for _, stack in r]
     assert sorted(dealt) == sorted(map(id, params))
     assert all(len({owner for owner, _ in r}) == len(r) for r in rounds)
     owners_of_large = [o for r in rounds for o, stack in r if stack[0].param.shape[0] == 64]
     assert len(set(owners_of_large)) == 3
-    assert optimizer._deal([], 4) == []
+    assert muon_module._deal([], 4) == []
 
 
 def test_user_errors_name_the_choices():
@@ -276,7 +274,7 @@ def run_steps(world_size: int, rank: int) -> tuple[list[torch.Tensor], int]:
         computed += len(stack)
         return newton_schulz(stack, **settings)
 
-    optimizer.newton_schulz, original = counting, newton_schulz
+    muon_module.newton_schulz, original = counting, newton_schulz
     model = Zoo()
     for p, fresh in zip(
         model.parameters(), random_params([p.shape for p in model.parameters()]), strict=True
@@ -297,7 +295,7 @@ def run_steps(world_size: int, rank: int) -> tuple[list[torch.Tensor], int]:
             p for n, p in model.named_parameters() if n.endswith("0.mlp.up_proj.weight")
         ).grad = None
         both.step()
-    optimizer.newton_schulz = original
+    muon_module.newton_schulz = original
     return [*(p.data for p in model.parameters()), *both.state_tensors().values()], computed
 
 
@@ -327,7 +325,7 @@ def rank_main(rank: int, world_size: int, rendezvous: str) -> None:
     dist.init_process_group(
         "gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=world_size
     )
-    optimizer.STACK_ELEMENTS = 600  # several stacks per shape, or there is nothing to deal out
+    muon_module.STACK_ELEMENTS = 600  # several stacks per shape, or there is nothing to deal out
     alone, all_matrices = run_steps(1, 0)
     shared, own_matrices = run_steps(world_size, rank)
     assert all(a.equal(b) for a, b in zip(alone, shared, strict=True))
@@ -457,6 +455,18 @@ def test_lr_factor_scales_each_group_from_its_initial_lr():
     give_grads(model.parameters(), seed=0)
     both.step()
     assert all(p.equal(b) for p, b in zip(model.parameters(), before, strict=True))
+
+
+def test_muon_without_its_own_lr_moves_weights_as_adamw_would():
+    for muon_lr, want in ((None, 0.2 * 0.01), (0.02, 0.02 / math.sqrt(32))):
+        model = nn.Module()
+        model.q_proj = nn.Linear(32, 32, bias=False)
+        both = built(model, muon_lr=muon_lr, weight_decay=0.0)
+        before = model.q_proj.weight.detach().clone()
+        give_grads(model.parameters(), seed=0)
+        both.step()
+        rms = (model.q_proj.weight.detach() - before).square().mean().sqrt().item()
+        assert math.isclose(rms, want, rel_tol=0.1)
 
 
 @pytest.mark.parametrize("use_muon", [True, False])

@@ -30,11 +30,12 @@ SETTINGS = {
 
 
 def make(n=N, width=11, vocab=61, teacher_width=11, teacher_vocab=61, dtype=torch.float64):
-    """(h_s, w_s, h_t, w_t, labels): logits of a few units, every fourth token masked."""
+    """(h_s, w_s, h_t, w_t, labels): logits of about 2 (js is ill-conditioned where it saturates,
+    at tens, in any float32 implementation); every fourth token masked."""
     h_s = torch.randn(n, width, dtype=dtype, requires_grad=True)
-    w_s = (0.6 * torch.randn(vocab, width, dtype=dtype)).requires_grad_()
+    w_s = (torch.randn(vocab, width, dtype=dtype) * 2 / width**0.5).requires_grad_()
     h_t = torch.randn(n, teacher_width, dtype=dtype)
-    w_t = 0.6 * torch.randn(teacher_vocab, teacher_width, dtype=dtype)
+    w_t = torch.randn(teacher_vocab, teacher_width, dtype=dtype) * 2 / teacher_width**0.5
     labels = torch.randint(0, min(vocab, teacher_vocab), (n,))
     labels[::4] = -100
     return h_s, w_s, h_t, w_t, labels

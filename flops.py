@@ -1,0 +1,204 @@
+"""FLOP counts, device peaks and MFU.
+
+Counts are per token, one multiply-add = 2. Shape legend for the formulas:
+    d hidden_size   H query heads   Q head_dim   T tokens per row   K, V linear head sizes
+Only matmuls (and the recurrences and short convolutions, which replace one) are counted; norms,
+activations, decays and the embedding lookup are not. Try it: pytest tests/test_metrics.py
+"""
+
+from __future__ import annotations
+
+import torch
+
+from config import ModelConfig
+
+# Dense (not 2:4 sparse) bf16/fp16 tensor-core peak, FLOP/s, from the vendors' data sheets. The
+# first substring found in the device's name counts, so the longer names come first.
+PEAK_FLOPS = {
+    "GB200": 2.5e15,
+    "B200": 2.25e15,
+    "H200 NVL": 836e12,
+    "H200": 989e12,
+    "H100 PCIe": 756e12,
+    "H100 NVL": 835e12,
+    "H100": 989e12,
+    "H800": 989e12,
+    "A100": 312e12,
+    "A800": 312e12,
+    "L40S": 362e12,
+    "RTX 5090": 209e12,
+    "RTX 4090": 165e12,
+    "RTX 3090": 71e12,
+    "MI300X": 1307e12,
+}
+
+
+def peak_flops(
+    device: torch.device | str, dtype: torch.dtype, override: float | None = None
+) -> float | None:
+    """Dense peak of one device in FLOP/s; None where it is unknown (CPU, unlisted cards).
+
+    `override` (--peak_flops, 0 or None = off) wins, on any device. float32 means TF32, which is
+    half the bf16 rate on every card listed.
+    """
+    if override:
+        return override
+    if torch.device(device).type != "cuda":
+        return None
+    return peak_of_name(torch.cuda.get_device_name(device), dtype)
+
+
+def peak_of_name(name: str, dtype: torch.dtype) -> float | None:
+    """The table look-up of peak_flops; `name` as torch.cuda.get_device_name gives it."""
+    factor = {torch.bfloat16: 1.0, torch.float16: 1.0, torch.float32: 0.5}.get(dtype)
+    peak = next((peak for part, peak in PEAK_FLOPS.items() if part in name), None)
+    return peak * factor if peak and factor else None
+
+
+def mfu(tokens_per_sec: float, flops: float, num_devices: int, peak: float | None) -> float | None:
+    """Model FLOPs utilisation: tokens_per_sec * flops / (num_devices * peak). None without peak."""
+    return tokens_per_sec * flops / (num_devices * peak) if peak else None
+
+
+def _layer(config: ModelConfig, i: int, seq_len: int) -> tuple[int, int, float]:
+    """(weights projecting into the mixer, those of o_proj and the convolutions, own FLOPs)."""
+    d = config.hidden_size
+    if config.layer_types[i] == "linear_attention":
+        q_dim = config.linear_num_key_heads * config.linear_key_head_dim
+        v_dim = config.linear_num_value_heads * config.linear_value_head_dim
+        inner = d * (2 * q_dim + 2 * v_dim + 2 * config.linear_num_value_heads)  # qk, vg, ab
+        # S^T k (read), k beta(v - ..)^T (write), S^T q (output): three K x V multiply-adds a head.
+        return inner, v_dim * d + _taps(config, i), 6 * v_dim * config.linear_key_head_dim
+    q_dim = config.num_attention_heads * config.head_dim
+    inner = d * (q_dim + 2 * config.num_key_value_heads * config.head_dim)
+    return inner, q_dim * d, 4 * q_dim * _mean_keys(config, i, seq_len)
+
+
+def _taps(config: ModelConfig, i: int) -> int:
+    """Weights of a linear layer's short convolutions over q, k and v, each used once a token."""
+    if config.layer_types[i] != "linear_attention":
+        return 0
+    q_dim = config.linear_num_key_heads * config.linear_key_head_dim
+    v_dim = config.linear_num_value_heads * config.linear_value_head_dim
+    return config.linear_conv_kernel_dim * (2 * q_dim + v_dim)
+
+
+def _span(config: ModelConfig, i: int, seq_len: int) -> int:
+    """Keys the last query of softmax layer i sees: T, or the window where that is less."""
+    sliding = config.layer_types[i] == "sliding_attention" and config.sliding_window
+    return min(seq_len, config.sliding_window) if sliding else seq_len
+
+
+def _mean_keys(config: ModelConfig, i: int, seq_len: int) -> float:
+    """Keys a query sees, averaged over a row: (1 + 2 + .. + w + w + ..) / T = w - w (w - 1) / 2T.
+
+    For a full layer w = T, which gives (T + 1) / 2: the causal half.
+    """
+    w = _span(config, i, seq_len)
+    return w - w * (w - 1) / (2 * seq_len)
+
+
+def matmul_params(config: ModelConfig) -> int:
+    """N: weights used in matmuls. Head d * vocab once, tied or not; no embedding lookup.
+
+    Per layer: MLP 3 d f; softmax d (H + 2 H_kv) Q + H Q d; linear, for H_k key and H_v value
+    heads, d (2 H_k K [q, k] + 2 H_v V [v, g] + 2 H_v [a, b]) + H_v V d [o]. Mixers other than
+    gated_deltanet are counted as if they had these projections, which they do within a few percent.
+    """
+    mlp = 3 * config.hidden_size * config.intermediate_size
+    layers = range(config.num_hidden_layers)
+    mixers = sum(sum(_layer(config, i, 1)[:2]) - _taps(config, i) for i in layers)
+    return config.num_hidden_layers * mlp + mixers + config.hidden_size * config.vocab_size
+
+
+def model_flops_per_token(config: ModelConfig, seq_len: int, *, num_matmul_params: int) -> int:
+    """PaLM's training FLOPs of a token (arXiv 2204.02311, appendix B): 6 N + 12 L H Q T.
+
+    L counts softmax layers only and T is min(T, window) layer by layer. Nothing is halved for
+    causality and the recurrences of linear layers are left out: this is the comparable figure,
+    flops_per_token the honest one.
+    """
+    softmax = [i for i, kind in enumerate(config.layer_types) if kind != "linear_attention"]
+    spans = sum(_span(config, i, seq_len) for i in softmax)
+    return 6 * num_matmul_params + 12 * config.num_attention_heads * config.head_dim * spans
+
+
+def forward_flops(config: ModelConfig, seq_len: int) -> float:
+    """Useful FLOPs of one forward, per token: 2 N + sum of the mixers' own.
+
+    A softmax layer adds 4 H Q keys (q k^T and p v; keys = average over causal queries, see
+    _mean_keys), a linear one 6 H_v K V (the recurrence itself, not its chunked form, which spends
+    more to run faster) + 2 W (2 H_k K + H_v V) for short convolutions of width W.
+    """
+    layers = range(config.num_hidden_layers)
+    own = sum(2 * _taps(config, i) + _layer(config, i, seq_len)[2] for i in layers)
+    return 2 * matmul_params(config) + own
+
+
+def flops_per_token(
+    stage: str,
+    student: ModelConfig,
+    teacher: ModelConfig | None,
+    seq_len: int,
+    train: str = "all",
+) -> float:
+    """FLOPs that a token of this stage needs, for "useful TFLOP/s"; recomputation is not counted.
+
+    With F = forward_flops and, for one layer, P_in, P_o, P_mlp its weights (the taps of short
+    convolutions are in P_o) and C the forward FLOPs of its attention or recurrence:
+
+    pretrain       3 F(student): a backward is twice its forward (input and weight gradients).
+    distill, long  the same + F(teacher), where there is a teacher.
+      train=mixers F(student) + F(teacher) + the backward down to the first converted layer c:
+                   2 d vocab (through the head) + for every layer i >= c: 2 P_mlp + 2 P_o + 2 C
+                   + 2 P_in if i > c (input gradients) + 2 (P_in + P_o) if i is converted (weight
+                   gradients; a frozen weight has none). Below c there is no backward.
+    align          teacher forward up to the attention output of the last converted layer l,
+                   sum_{i<l} (2 P + C)_i + (2 P_in + 2 P_o + C)_l, without head and l's MLP; then
+                   for each converted student layer, whose input needs no gradient,
+                   (2 + 2) P_in + (2 + 2 + 2) P_o + 3 C. `train` changes nothing here.
+
+    Converted layers are those whose type is not the teacher's (without a teacher of the same
+    depth: the linear layers).
+    """
+    assert stage in ("pretrain", "align", "distill", "long"), stage
+    assert train in ("all", "mixers"), train
+    converted = _converted_layers(student, teacher)
+    if stage == "align":
+        assert teacher is not None and converted, "align needs a teacher and a converted layer"
+        return _align_flops(student, teacher, converted, seq_len)
+    total = forward_flops(student, seq_len)
+    if train == "all":
+        total *= 3
+    elif converted:
+        mlp = 3 * student.hidden_size * student.intermediate_size
+        total += 2 * student.hidden_size * student.vocab_size
+        for i in range(converted[0], student.num_hidden_layers):
+            inner, out, core = _layer(student, i, seq_len)
+            total += 2 * mlp + 2 * out + 2 * core
+            total += 2 * inner if i > converted[0] else 0
+            total += 2 * (inner + out) if i in converted else 0
+    if teacher is not None and stage != "pretrain":
+        total += forward_flops(teacher, seq_len)
+    return total
+
+
+def _align_flops(
+    student: ModelConfig, teacher: ModelConfig, converted: list[int], seq_len: int
+) -> float:
+    mlp = 3 * teacher.hidden_size * teacher.intermediate_size
+    total = converted[-1] * 2 * mlp
+    for i in range(converted[-1] + 1):
+        inner, out, core = _layer(teacher, i, seq_len)
+        total += 2 * inner + 2 * out + core
+    for i in converted:
+        inner, out, core = _layer(student, i, seq_len)
+        total += 4 * inner + 6 * out + 3 * core
+    return total
+
+
+def _converted_layers(student: ModelConfig, teacher: ModelConfig | None) -> list[int]:
+    layers = range(student.num_hidden_layers)
+    if teacher is None or teacher.num_hidden_layers != student.num_hidden_layers:
+        return [i for i in layers if student.layer_types[i] == "linear_attention"]
+    return [i for i in layers if student.layer_types[i] != teacher.layer_types[i]]

@@ -1,0 +1,135 @@
+"""What a micro-batch costs and how gradients meet across ranks, one class per kind of stage.
+
+`HeadObjective`: cross-entropy or distillation through the fused head, under DDP.
+`AlignObjective`: every converted layer against the teacher's, outside DDP.
+Check: `pytest tests/test_objectives.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import nullcontext
+
+import torch
+from torch import Tensor, nn
+
+from config import StageConfig
+from data import Batch
+from distributed import World, parallelize, sum_gradients
+from evaluate import inputs
+from hybrid_layers import mixer_parameters
+from losses import align_loss, ce_head, kd_head
+from model import Transformer
+from optimizer import clip_grad_norm
+
+
+class HeadLoss(nn.Module):
+    """The student with its loss as one module, which is what DDP wraps."""
+
+    def __init__(self, student: Transformer, teacher: Transformer | None, stage: StageConfig,
+                 first: int):  # fmt: skip
+        super().__init__()
+        self.student, self.stage, self.first = student, stage, first
+        self._teacher = (teacher,)  # in a tuple: not a submodule, never trained or saved
+
+    def forward(self, batch: Batch, normalizer: Tensor):
+        stage, teacher = self.stage, self._teacher[0]
+        if teacher is None or stage.kd_weight == 0:
+            hidden = self.student(**inputs(batch))
+            return ce_head(hidden, self.student.head_weight, batch.labels, normalizer=normalizer)
+        start = {}
+        with torch.no_grad():
+            t_hidden = teacher(**inputs(batch), keep=self.first or None)
+            if self.first:
+                t_hidden, kept = t_hidden
+                start = {"hidden": kept, "first": self.first}
+        s_hidden = self.student(**inputs(batch), **start)
+        return kd_head(
+            s_hidden, self.student.head_weight, t_hidden, teacher.head_weight, batch.labels,
+            loss=stage.loss, temperature=stage.temperature, kd_weight=stage.kd_weight,
+            ce_weight=stage.ce_weight, top_k=stage.top_k, normalizer=normalizer,
+        )  # fmt: skip
+
+
+class HeadObjective:
+    """Cross-entropy (no teacher) or distillation, data-parallel.
+
+    first: number of leading blocks that student and teacher share; their output is computed once.
+    """
+
+    def __init__(self, student: Transformer, teacher: Transformer | None, stage: StageConfig,
+                 world: World, first: int = 0):  # fmt: skip
+        self.world = world
+        self.params = {n: p for n, p in student.named_parameters() if p.requires_grad}
+        self.module = parallelize(HeadLoss(student, teacher, stage, first), world)
+        self.names = ("ce",)
+        if teacher is not None and stage.kd_weight:
+            self.names = ("kl", "ce") if stage.ce_weight else ("kl",)
+
+    def backward(self, batches: list[Batch], count: Tensor) -> dict[str, Tensor]:
+        """Gradients of the mean loss over the step's `count` labels, on all ranks. Returns this
+        rank's share of the sums: add them over ranks."""
+        sums: dict[str, Tensor] = {}
+        for i, batch in enumerate(batches):
+            wait = self.world.size > 1 and i + 1 < len(batches)
+            with self.module.no_sync() if wait else nullcontext():
+                out = self.module(batch, count)
+                (out.loss * self.world.size).backward()  # DDP takes the mean over ranks
+            parts = {"loss": out.loss.detach(), "kl": out.kd / count, "ce": out.ce / count}
+            for name in ("loss", *self.names):
+                sums[name] = sums.get(name, 0) + parts[name]
+        return sums
+
+    def clip(self, max_norm: float) -> Tensor:
+        """Clip all gradients together; returns their norm."""
+        return clip_grad_norm(self.params.values(), max_norm)
+
+
+class AlignObjective:
+    """Every converted layer gets the teacher's input to it and must give the teacher's output.
+
+    One teacher pass; each layer's backward runs as soon as its target is known, so memory is that
+    of one layer. Layers do not influence each other: gradients are clipped per mixer. Never
+    under DDP, whose hooks a direct call of the mixers would bypass without an error.
+    """
+
+    def __init__(self, student: Transformer, teacher: Transformer, layers: list[int],
+                 world: World):  # fmt: skip
+        self.student, self.teacher, self.layers, self.world = student, teacher, layers, world
+        self.params = {
+            n: p for n, p in mixer_parameters(student, layers).items() if p.requires_grad
+        }
+
+    def backward(self, batches: list[Batch], count: Tensor) -> dict[str, Tensor]:
+        """As HeadObjective.backward; `count` is not used: every token has a target."""
+        tokens = self.world.size * len(batches) * batches[0].input_ids.numel()
+        sums: dict[str, Tensor] = {}
+        for batch in batches:
+            taps = self.teacher.attention_taps(**inputs(batch), layers=self.layers)
+            for i, normed, target, seq in no_grad_iter(taps):
+                out = self.student.layers[i].linear_attn(normed, seq)
+                loss = align_loss(out, target, normalizer=tokens)
+                loss.backward()
+                name = f"layer_{i}"
+                sums[name] = sums.get(name, 0) + loss.detach()
+        sum_gradients(self.params.values(), self.world)
+        sums["loss"] = sum(sums.values()) / len(self.layers)
+        return sums
+
+    def clip(self, max_norm: float) -> Tensor:
+        """Clip every mixer by itself; returns the largest norm."""
+        norms = []
+        for i in self.layers:
+            mixer = self.student.layers[i].linear_attn
+            norms.append(clip_grad_norm(mixer.parameters(), max_norm))
+        return torch.stack(norms).max()
+
+
+def no_grad_iter(items: Iterator) -> Iterator:
+    """Advance a generator without gradients, but run the loop's body with them."""
+    while True:
+        with torch.no_grad():
+            item = next(items, None)
+        if item is None:
+            return
+        yield item

@@ -1,0 +1,521 @@
+"""Shards, packing, the loader's order and its resume state."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+import shards
+from config import UserError
+from data import (
+    IGNORE,
+    PackedLoader,
+    ShardWriter,
+    TokenDataset,
+    eval_batches,
+    pack_rows,
+    permuted_index,
+)
+from tokenizer import load_tokenizer
+
+BYTE = load_tokenizer("byte")
+EOS = BYTE.eos_token_id
+
+
+class WideTokenizer:
+    """Only what a writer reads; a vocabulary that needs uint32."""
+
+    name, spec, portable_spec, hash = "wide", "wide", "wide", "00112233445566ff"
+    vocab_size, eos_token_id, bos_token_id = 200_000, 199_999, 7
+
+
+def random_documents(count, low=1, high=60, seed=0, vocab=256):
+    rng = np.random.default_rng(seed)
+    return [rng.integers(0, vocab, rng.integers(low, high)).tolist() for _ in range(count)]
+
+
+def write(folder, documents, split="train", tokenizer=BYTE, **kwargs):
+    with ShardWriter(folder, split, tokenizer, **kwargs) as writer:
+        for document in documents:
+            writer.add(document)
+    return folder
+
+
+def flat(documents, eos=EOS):
+    return np.array([i for document in documents for i in [*document, eos]])
+
+
+@pytest.fixture
+def dataset(tmp_path):
+    return TokenDataset.open(write(tmp_path / "set", random_documents(150)), "train")
+
+
+# --- shards ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("tokenizer, itemsize", [(BYTE, 2), (WideTokenizer(), 4)])
+def test_write_and_read(tmp_path, tokenizer, itemsize):
+    documents = random_documents(40, vocab=tokenizer.vocab_size - 1)
+    write(tmp_path, [*documents, []], tokenizer=tokenizer, shard_tokens=300)
+    data = TokenDataset.open(tmp_path, "train", verify=True)
+    expected = flat(documents, tokenizer.eos_token_id)
+    files = sorted(tmp_path.glob("train-*.bin"))
+    assert len(files) > 2
+    assert sum(f.stat().st_size for f in files) == 1024 * len(files) + itemsize * len(expected)
+    assert data.num_tokens == len(expected)
+    assert np.array_equal(data.read(0, data.num_tokens), expected)
+    for start, n in ((0, 1), (290, 40), (250, 700), (len(expected) - 1, 1)):  # across shards
+        assert np.array_equal(data.read(start, n), expected[start : start + n])
+    assert np.array_equal(data.doc_ends, np.flatnonzero(expected == tokenizer.eos_token_id) + 1)
+    assert data.vocab_size == tokenizer.vocab_size and data.eos == tokenizer.eos_token_id
+    assert data.bos == tokenizer.bos_token_id and data.tokenizer_hash == tokenizer.hash
+    assert not list(tmp_path.glob("*.tmp"))
+
+
+def test_fingerprint_follows_content(tmp_path):
+    documents = random_documents(20)
+    prints = [TokenDataset.open(write(tmp_path / "a", documents), "train").fingerprint]
+    prints += [TokenDataset.open(write(tmp_path / "b", documents), "train").fingerprint]
+    documents[3][0] ^= 1
+    prints += [TokenDataset.open(write(tmp_path / "c", documents), "train").fingerprint]
+    first, second = documents[0][:1], documents[0][1:]  # same tokens, other borders: eos moves
+    moved = [first, second, *documents[1:]]
+    prints += [TokenDataset.open(write(tmp_path / "d", moved), "train").fingerprint]
+    assert prints[0] == prints[1] and len(set(prints)) == 3
+
+
+def edit(path, offset, value):
+    raw = bytearray(path.read_bytes())
+    raw[offset] ^= value
+    path.write_bytes(raw)
+
+
+def cut(path, change):
+    raw = path.read_bytes()
+    path.write_bytes(raw[:change] if change < 0 else raw + bytes(change))
+
+
+DAMAGE = {
+    "truncated": (lambda shard, docs: cut(shard, -2), r"train-00000.bin: \d+ bytes, expected"),
+    "over-long": (lambda shard, docs: cut(shard, 2), r"train-00000.bin: \d+ bytes, expected"),
+    "no header": (lambda shard, docs: shard.write_bytes(b"short"), "shorter than the 1024-byte"),
+    "magic": (lambda shard, docs: edit(shard, 0, 1), "train-00000.bin: magic number"),
+    "version": (
+        lambda shard, docs: edit(shard, 4, 2),
+        "train-00000.bin: format version 3, expected 1",
+    ),
+    "eos in header": (
+        lambda shard, docs: edit(shard, 28, 1),
+        "train-00000.bin: the header is damaged",
+    ),
+    "missing": (lambda shard, docs: shard.unlink(), "train-00000.bin: missing"),
+    "no sidecar": (lambda shard, docs: docs.unlink(), "train-00000.docs.npy: missing"),
+    "sidecar bit": (lambda shard, docs: edit(docs, -8, 1), "train-00000.docs.npy: damaged"),
+    "sidecar cut": (lambda shard, docs: cut(docs, -4), "train-00000.docs.npy: not a readable"),
+    "sidecar pickle": (
+        lambda shard, docs: np.save(docs, np.array([{}], dtype=object), allow_pickle=True),
+        "train-00000.docs.npy: not a readable",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", DAMAGE)
+def test_damage_is_refused(tmp_path, kind):
+    write(tmp_path, random_documents(20))
+    damage, message = DAMAGE[kind]
+    damage(tmp_path / "train-00000.bin", tmp_path / "train-00000.docs.npy")
+    with pytest.raises(UserError, match=message) as error:
+        TokenDataset.open(tmp_path, "train")
+    assert "\n" not in str(error.value)
+
+
+def test_flipped_token_bit_is_found_by_verify(tmp_path):
+    write(tmp_path, random_documents(20))
+    edit(tmp_path / "train-00000.bin", -30, 4)
+    TokenDataset.open(tmp_path, "train")  # sizes and header are right
+    with pytest.raises(UserError, match=r"train-00000.bin: the tokens do not match"):
+        TokenDataset.open(tmp_path, "train", verify=True)
+
+
+def test_shards_of_two_vocabularies_are_refused(tmp_path):
+    write(tmp_path / "a", random_documents(30), shard_tokens=400)
+    write(tmp_path / "b", random_documents(30), tokenizer=WideTokenizer(), shard_tokens=400)
+    for end in ("bin", "docs.npy"):
+        shutil.copy(tmp_path / f"b/train-00001.{end}", tmp_path / f"a/train-00001.{end}")
+    with pytest.raises(UserError, match=r"train-00001.bin: itemsize is 4, expected 2"):
+        TokenDataset.open(tmp_path / "a", "train")
+
+
+def test_unfinished_and_unknown_sets(tmp_path):
+    with pytest.raises(UserError, match=r"no meta.json"):
+        TokenDataset.open(tmp_path, "train")
+    with (
+        pytest.raises(RuntimeError),
+        ShardWriter(tmp_path, "train", BYTE, shard_tokens=5) as writer,
+    ):
+        for _ in range(3):
+            writer.add([1, 2, 3])
+        raise RuntimeError("a crash in the middle")
+    assert list(tmp_path.iterdir()) == []
+    write(tmp_path, [[1, 2]])
+    with pytest.raises(UserError, match=r"no split 'val'; it has \['train'\]"):
+        TokenDataset.open(tmp_path, "val")
+    (tmp_path / "meta.json").write_text('{"format": "other"}')
+    with pytest.raises(UserError, match=r"meta.json: "):
+        TokenDataset.open(tmp_path, "train")
+
+
+def test_writer_overwrites_only_when_asked(tmp_path):
+    write(tmp_path, random_documents(30), shard_tokens=300)
+    write(tmp_path, [[5, 6]], split="val")
+    with pytest.raises(UserError, match=r"already holds a 'train' split"):
+        ShardWriter(tmp_path, "train", BYTE)
+    with pytest.raises(UserError, match=r"meta.json: written with tokenizer 'byte'"):
+        ShardWriter(tmp_path, "train", WideTokenizer(), overwrite=True)
+    write(tmp_path, [[1, 2]], overwrite=True)
+    assert TokenDataset.open(tmp_path, "train").read(0, 3).tolist() == [1, 2, EOS]
+    assert TokenDataset.open(tmp_path, "val").num_tokens == 3
+    assert sorted(p.name for p in tmp_path.glob("train-*")) == [
+        "train-00000.bin",
+        "train-00000.docs.npy",
+    ]
+
+
+def test_writer_refuses_foreign_ids(tmp_path):
+    writer = ShardWriter(tmp_path, "train", BYTE)
+    for ids in ([1, 257], [-1]):
+        with pytest.raises(ValueError, match=r"outside 0\.\.256"):
+            writer.add(ids)
+
+
+def test_meta_names_no_absolute_path(tmp_path):
+    tok = load_tokenizer("byte")
+    tok.spec = str(tmp_path / "tokenizer.json")
+    write(tmp_path / "set", [[1]], tokenizer=tok)
+    meta = json.loads((tmp_path / "set/meta.json").read_text())
+    assert meta["tokenizer"] == {"name": "byte", "spec": None, "hash": tok.hash}
+    assert str(tmp_path) not in json.dumps(meta)
+
+
+def test_check_tokenizer(dataset):
+    dataset.check_tokenizer(BYTE)
+    with pytest.raises(UserError, match=r"written with tokenizer hash"):
+        dataset.check_tokenizer(WideTokenizer())
+    other = load_tokenizer("byte")
+    other.eos_token_id = 0
+    with pytest.raises(UserError, match=r"documents end with token 256, expected 0"):
+        dataset.check_tokenizer(other)
+
+
+# --- files of other projects ----------------------------------------------------------------
+
+
+def write_gpt2(path, tokens, magic=False, count=None):
+    header = np.zeros(256, dtype="<i4")
+    header[:3] = (20240520, 1, len(tokens) if count is None else count)
+    body = np.asarray(tokens, dtype="<u2").tobytes()
+    path.write_bytes((header.tobytes() if magic else b"") + body)
+
+
+@pytest.mark.parametrize("magic", [False, True])
+def test_nanogpt_formats(tmp_path, magic):
+    tokens = np.random.default_rng(1).integers(0, 50256, 500)
+    tokens[[99, 100, 350]] = 50256
+    write_gpt2(tmp_path / "val.bin", tokens[:50], magic)
+    if magic:  # several shards, named as llm.c and modded-nanogpt do
+        write_gpt2(tmp_path / "fineweb_train_000001.bin", tokens[:200], magic)
+        write_gpt2(tmp_path / "fineweb_train_000002.bin", tokens[200:], magic)
+    else:
+        write_gpt2(tmp_path / "train.bin", tokens)
+    data = TokenDataset.open(f"nanogpt:{tmp_path}", "train")
+    assert np.array_equal(data.read(0, 500), tokens)
+    assert data.doc_ends.tolist() == [100, 101, 351, 500]
+    assert (data.eos, data.vocab_size, data.tokenizer_hash) == (50256, None, None)
+    assert data.min_vocab_size == 50257
+    assert np.array_equal(TokenDataset.open(f"nanogpt:{tmp_path}", "val").read(0, 50), tokens[:50])
+    with pytest.raises(UserError, match=r"documents end with token 50256, expected 256"):
+        data.check_tokenizer(BYTE)
+    before = data.fingerprint
+    tokens[400] ^= 1
+    name = "fineweb_train_000002.bin" if magic else "train.bin"
+    write_gpt2(tmp_path / name, tokens[200:] if magic else tokens, magic)
+    assert TokenDataset.open(f"nanogpt:{tmp_path}", "train").fingerprint != before
+
+
+def test_nanogpt_mistakes(tmp_path):
+    spec = f"nanogpt:{tmp_path}"
+    with pytest.raises(UserError, match=r"no train.bin"):
+        TokenDataset.open(spec, "train")
+    path = tmp_path / "train.bin"
+    with pytest.raises(UserError, match=r"no such file"):
+        TokenDataset.open(f"nanogpt:{path}", "train")
+    for count in (11, 9):
+        write_gpt2(path, range(10), magic=True, count=count)
+        with pytest.raises(UserError, match=r"train.bin: 1044 bytes, expected 1024 \+ 2 for each"):
+            TokenDataset.open(spec, "train")
+    for raw in (b"", b"odd"):
+        path.write_bytes(raw)
+        with pytest.raises(UserError, match=r"train.bin: . bytes, expected"):
+            TokenDataset.open(spec, "train")
+    write_gpt2(path, range(10), magic=True)
+    edit(path, 4, 2)
+    with pytest.raises(UserError, match=r"train.bin: format version 3, expected 1"):
+        TokenDataset.open(spec, "train")
+    write_gpt2(path, range(10))
+    assert TokenDataset.open(f"nanogpt:{path}", "train").doc_ends.tolist() == [10]
+    with pytest.raises(UserError, match=r"without a 'val' split"):  # never evaluate on train.bin
+        TokenDataset.open(f"nanogpt:{path}", "val")
+
+
+# --- order ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 5, 15, 16, 17, 63, 64, 65, 257, 1000, 4097, 100_003])
+def test_permuted_index_is_a_bijection(n):
+    image = permuted_index(np.arange(n), n, seed=3, epoch=1)
+    assert np.array_equal(np.sort(image), np.arange(n))
+    assert permuted_index(n // 2, n, 3, 1) == image[n // 2]
+
+
+def test_permuted_index_looks_shuffled():
+    n = 10_007
+    i = np.arange(n)
+    images = [permuted_index(i, n, seed, epoch) for seed, epoch in ((0, 0), (0, 1), (1, 0))]
+    for image in images:
+        assert (image == i).sum() < 10  # one fixed point is expected
+        assert abs(np.corrcoef(i, image)[0, 1]) < 0.05
+        assert (np.abs(np.diff(image)) < 20).mean() < 0.02  # neighbours are torn apart
+        # A tenth of the positions is spread evenly over the values.
+        counts = np.histogram(image[: n // 10], bins=10, range=(0, n))[0]
+        assert counts.min() > 60 and counts.max() < 145
+    assert (images[0] == images[1]).sum() < 10 and (images[0] == images[2]).sum() < 10
+    big = permuted_index(np.arange(1000), 10**12 + 7, 0, 0)
+    assert len(set(big.tolist())) == 1000 and big.max() < 10**12 + 7 and big.std() > 10**11
+
+
+# --- packing --------------------------------------------------------------------------------
+
+
+def reference_row(dataset, row, seq_len):
+    """Token by token: inputs, labels, positions of one row."""
+    ends = set(dataset.doc_ends.tolist())
+    tokens = dataset.read(0, dataset.num_tokens)
+    inputs, labels, positions = [], [], []
+    for t in range(row * seq_len, (row + 1) * seq_len):
+        fresh = t == row * seq_len or t in ends
+        positions.append(0 if fresh else positions[-1] + 1)
+        inputs.append(tokens[t])
+        labels.append(IGNORE if t + 1 in ends else tokens[t + 1])
+    return inputs, labels, positions
+
+
+@pytest.mark.parametrize("doc_mask", [True, False])
+@pytest.mark.parametrize("seq_len", [7, 64, 65])
+def test_pack_rows_matches_reference(dataset, doc_mask, seq_len):
+    middle = int(dataset.doc_ends[70]) // seq_len  # a document ends in this row
+    rows = [middle, 0, dataset.num_rows(seq_len) - 1]
+    batch = pack_rows(dataset, rows, seq_len, doc_mask)
+    inputs, labels, positions = map(
+        np.array, zip(*(reference_row(dataset, row, seq_len) for row in rows), strict=True)
+    )
+    if not doc_mask:
+        positions = np.tile(np.arange(seq_len), (3, 1))
+    shape = (1, 3 * seq_len) if doc_mask else (3, seq_len)
+    for found, expected in (
+        (batch.input_ids, inputs),
+        (batch.labels, labels),
+        (batch.position_ids, positions),
+    ):
+        assert found.dtype == torch.int64 and found.shape == shape
+        assert np.array_equal(found.numpy().ravel(), expected.ravel())
+    assert batch.num_valid == (labels != IGNORE).sum()
+    assert (labels == IGNORE).any()
+    assert batch.max_seqlen == seq_len and batch.sample_ids == rows
+    if doc_mask:
+        cu = batch.cu_seqlens
+        assert cu.dtype == torch.int32 and len(cu) >= 16 and len(cu).bit_count() == 1
+        starts = np.flatnonzero(positions.ravel() == 0)
+        assert cu[: len(starts)].tolist() == starts.tolist()
+        assert len(cu) > len(starts) and (cu[len(starts) :] == 3 * seq_len).all()
+    else:
+        assert batch.cu_seqlens is None
+
+
+def test_cu_seqlens_always_ends_with_the_length(tmp_path):
+    data = TokenDataset.open(write(tmp_path, [[1]] * 200), "train")  # documents of two tokens
+    for seq_len in range(24, 40):  # 12 .. 20 documents: around the smallest bucket
+        cu = pack_rows(data, [0], seq_len, True).cu_seqlens
+        assert cu[0] == 0 and cu[-1] == seq_len and cu.diff().sum() == seq_len
+
+
+def test_every_target_is_seen_once(dataset):
+    """No token but the first is missing as a target: also the last target of each row."""
+    seq_len = 16
+    rows = list(range(dataset.num_rows(seq_len)))
+    labels = pack_rows(dataset, rows, seq_len, False).labels.numpy().ravel()
+    expected = dataset.read(1, len(labels))
+    expected[dataset.doc_ends[dataset.doc_ends <= len(labels)] - 1] = IGNORE
+    assert np.array_equal(labels, expected)
+
+
+def test_batch_to(dataset):
+    batch = pack_rows(dataset, [1, 2], 16, True)
+    moved = batch.to("meta")
+    assert moved.input_ids.device.type == moved.cu_seqlens.device.type == "meta"
+    assert moved.num_valid == batch.num_valid and batch.input_ids.device.type == "cpu"
+
+
+# --- loader ---------------------------------------------------------------------------------
+
+
+def loader(dataset, **kwargs):
+    settings = {"seq_len": 16, "rows_per_step": 12, "micro_batch": 2, "seed": 5} | kwargs
+    return PackedLoader(dataset, **settings)
+
+
+def samples(batches):
+    return [i for batch in batches for i in batch.sample_ids]
+
+
+def test_an_epoch_sees_every_row_once_and_runs_on(dataset):
+    n = dataset.num_rows(16) - 1
+    assert n % 12  # the epoch ends inside a step
+    stream = loader(dataset, select=np.arange(n))
+    seen = [i for _ in range(2 * n // 12 + 1) for i in samples(stream.next_step())]
+    stream.close()
+    assert sorted(seen[:n]) == list(range(n)) == sorted(seen[n : 2 * n])
+    assert seen[:n] != seen[n : 2 * n]
+    assert stream.epoch == len(seen) / n
+
+
+@pytest.mark.parametrize("world_size, micro_batch", [(2, 3), (3, 4), (6, 1)])
+def test_samples_do_not_depend_on_world_size(dataset, world_size, micro_batch):
+    one = loader(dataset, prefetch=0)
+    ranks = [
+        loader(dataset, rank=r, world_size=world_size, micro_batch=micro_batch, prefetch=r % 2)
+        for r in range(world_size)
+    ]
+    for _ in range(20):
+        alone = one.next_step()
+        parts = [rank.next_step() for rank in ranks]
+        assert all(len(part) == 12 // (world_size * micro_batch) for part in parts)
+        together = samples([batch for part in parts for batch in part])
+        assert sorted(together) == sorted(samples(alone))
+        valid = sum(batch.num_valid for part in parts for batch in part)
+        assert valid == sum(batch.num_valid for batch in alone)
+    for rank in ranks:
+        rank.close()
+
+
+@pytest.mark.parametrize("steps", [0, 1, 9, 25])  # one epoch is about 23 steps
+@pytest.mark.parametrize("prefetch", [0, 3])
+def test_resume_is_exact(dataset, steps, prefetch):
+    whole = loader(dataset, prefetch=prefetch)
+    for _ in range(steps):
+        whole.next_step()
+    state = json.loads(json.dumps(whole.state_dict()))
+    assert state["samples"] == 12 * steps  # not what was only prefetched
+    expected = [whole.next_step() for _ in range(30)]
+    resumed = loader(dataset, prefetch=prefetch)
+    resumed.next_step()  # a loader already under way must drop what it has prepared
+    resumed.load_state_dict(state)
+    for batches in expected:
+        for a, b in zip(batches, resumed.next_step(), strict=True):
+            assert a.sample_ids == b.sample_ids
+            assert torch.equal(a.input_ids, b.input_ids) and torch.equal(a.labels, b.labels)
+            assert torch.equal(a.cu_seqlens, b.cu_seqlens)
+    assert resumed.state_dict() == whole.state_dict()
+    whole.close()
+    resumed.close()
+
+
+def test_resume_with_another_batch_size_skips_nothing(dataset):
+    first = loader(dataset, prefetch=0)
+    seen = samples(first.next_step())
+    second = loader(dataset, prefetch=0, rows_per_step=8)
+    second.load_state_dict(first.state_dict())
+    seen += samples(second.next_step())
+    reference = loader(dataset, prefetch=0, rows_per_step=20)
+    assert seen == samples(reference.next_step())
+
+
+def test_resume_refuses_another_order(dataset, tmp_path):
+    state = loader(dataset).state_dict()
+    other = TokenDataset.open(write(tmp_path / "o", random_documents(150, seed=9)), "train")
+    for changed, flag in (
+        (loader(other), "--data"),
+        (loader(dataset, seed=6), "--seed"),
+        (loader(dataset, seq_len=8), "seq_len"),
+        (loader(dataset, select=np.arange(50)), "--data"),
+    ):
+        with pytest.raises(UserError, match=rf"{flag}: cannot resume the data order"):
+            changed.load_state_dict(state)
+    with pytest.raises(UserError, match=r"cannot resume"):
+        loader(dataset).load_state_dict({})
+
+
+def test_close_and_go_on(dataset):
+    plain, closing = loader(dataset, prefetch=0), loader(dataset, prefetch=2)
+    for _ in range(4):
+        assert samples(closing.next_step()) == samples(plain.next_step())
+        closing.close()
+
+
+def test_select_limits_the_rows(dataset):
+    chosen = np.array([3, 10, 11, 40, 41, 42, 90])
+    stream = loader(dataset, select=chosen, prefetch=0, rows_per_step=7, micro_batch=7)
+    for _ in range(3):
+        assert sorted(samples(stream.next_step())) == chosen.tolist()
+
+
+def test_thread_error_surfaces_and_stays(dataset):
+    stream = loader(dataset, prefetch=2)
+    stream.next_step()
+    stream.close()
+    broken = dataset.read
+
+    def read(start, n):
+        raise OSError("the disk went away")
+
+    dataset.read = read
+    for _ in range(2):  # not a hang, not a silent restart
+        with pytest.raises(OSError, match=r"the disk went away"):
+            stream.next_step()
+    dataset.read = broken
+    assert stream.state_dict()["samples"] == 12
+    stream.close()
+
+
+def test_indivisible_batch_and_short_data_are_refused(dataset, tmp_path):
+    with pytest.raises(UserError, match=r"global batch of 12 rows .* 2 ranks x micro-batch 4"):
+        loader(dataset, world_size=2, micro_batch=4)
+    with pytest.raises(UserError, match=r"micro-batch 0 must"):
+        loader(dataset, micro_batch=0)
+    short = TokenDataset.open(write(tmp_path / "s", [[1] * 15]), "train")  # 16 tokens
+    loader(short, seq_len=15)
+    for build in (loader, lambda d, seq_len: eval_batches(d, seq_len=seq_len, max_tokens=99)):
+        with pytest.raises(UserError, match=r"16 tokens, expected at least 17"):
+            build(short, seq_len=16)
+
+
+def test_eval_batches_are_fixed_and_spread(dataset):
+    batches = eval_batches(dataset, seq_len=16, max_tokens=16 * 10, micro_batch=4)
+    rows = samples(batches)
+    assert [len(batch.sample_ids) for batch in batches] == [4, 4, 2]
+    n = dataset.num_rows(16)
+    assert len(set(rows)) == 10 and rows == sorted(rows) and rows[0] == 0 and rows[-1] >= 0.85 * n
+    again = eval_batches(dataset, seq_len=16, max_tokens=16 * 10, micro_batch=4)
+    assert all(torch.equal(a.labels, b.labels) for a, b in zip(batches, again, strict=True))
+    everything = eval_batches(dataset, seq_len=16, max_tokens=10**9, doc_mask=False)
+    assert samples(everything) == list(range(n))
+
+
+def test_shards_module_does_not_import_torch():
+    code = "import shards, tokenizer, sys; assert 'torch' not in sys.modules"
+    folder = os.path.dirname(shards.__file__)
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=folder)

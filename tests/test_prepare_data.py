@@ -1,0 +1,170 @@
+"""scripts/prepare_data.py: inputs, held-out documents, workers, mistakes."""
+
+import importlib.util
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from shards import TokenDataset
+from tokenizer import load_tokenizer
+
+ROOT = Path(__file__).resolve().parent.parent
+SCRIPT = ROOT / "scripts" / "prepare_data.py"
+BYTE = load_tokenizer("byte")
+
+
+def load_script():
+    spec = importlib.util.spec_from_file_location("prepare_data", SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+prepare_data = load_script()
+
+
+def run(*args):
+    return prepare_data.main([*map(str, args), "--num_workers", "1"])
+
+
+def texts(folder, split):
+    data = TokenDataset.open(folder, split, verify=True)
+    starts = [0, *data.doc_ends[:-1]]
+    spans = zip(starts, data.doc_ends, strict=True)
+    return [BYTE.decode(data.read(int(a), int(b - a) - 1).tolist()) for a, b in spans]
+
+
+def write_jsonl(path, documents, field="text"):
+    path.write_text("".join(json.dumps({field: d, "id": 1}) + "\n" for d in documents))
+    return path
+
+
+def test_every_document_once_and_copies_never_on_both_sides(tmp_path, capsys):
+    documents = [f"document {i} \u00e9" for i in range(300)]
+    write_jsonl(tmp_path / "a.jsonl", documents[:200])
+    write_jsonl(tmp_path / "b.jsonl", documents[150:])  # 50 documents are there twice
+    assert run(tmp_path, "--out", tmp_path / "out", "--val_fraction", 0.2) == 0
+    train, val = texts(tmp_path / "out", "train"), texts(tmp_path / "out", "val")
+    assert len(train) + len(val) == 350 and set(train) | set(val) == set(documents)
+    assert not set(train) & set(val)
+    assert 30 < len(val) < 110
+    out = capsys.readouterr().out
+    assert f"train: {len(train)} documents" in out and "2 files" in out
+
+
+def test_as_a_command_with_workers_equals_one_process(tmp_path):
+    write_jsonl(tmp_path / "a.jsonl", [f"text {i}" for i in range(5000)])
+    settings = [tmp_path / "a.jsonl", "--val_fraction", "0.1", "--shard_tokens", "20000"]
+    command = [sys.executable, SCRIPT, *settings, "--out", tmp_path / "two", "--num_workers", "2"]
+    done = subprocess.run([*map(str, command)], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    assert run(*settings, "--out", tmp_path / "one") == 0
+    for split in ("train", "val"):
+        one, two = (TokenDataset.open(tmp_path / name, split) for name in ("one", "two"))
+        assert one.fingerprint == two.fingerprint
+    assert len(list((tmp_path / "two").glob("train-*.bin"))) == 3
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a.jsonl", "one", "two"]
+
+
+def test_another_seed_holds_out_others(tmp_path):
+    path = write_jsonl(tmp_path / "a.jsonl", [f"text {i}" for i in range(200)])
+    for seed in (0, 1):
+        run(path, "--out", tmp_path / str(seed), "--val_fraction", 0.3, "--seed", seed)
+    assert texts(tmp_path / "0", "val") != texts(tmp_path / "1", "val")
+
+
+def test_text_files_globs_and_paragraph_breaks(tmp_path, capsys):
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "sub/a.txt").write_text("one\n\nstill one\n\n\n\ntwo\n \n\nthree\n")
+    (tmp_path / "sub/b.md").write_text("four\n")
+    (tmp_path / "sub/c.txt").write_text("  \n")  # blank: no document
+    (tmp_path / "sub/d.rst").write_text("not read\n")
+    folder = tmp_path / "sub"
+    assert run(folder, folder / "*.txt", "--out", tmp_path / "o", "--val_fraction", 0) == 0
+    assert texts(tmp_path / "o", "train") == [(folder / "a.txt").read_text(), "four\n"]
+    assert "warning" not in capsys.readouterr().err  # nothing was to be held out
+    split = ["--split_paragraph_breaks", "--val_fraction", 0, "--out", tmp_path / "s"]
+    assert run(folder / "a.txt", *split) == 0
+    found = [text.strip() for text in texts(tmp_path / "s", "train")]
+    assert found == ["one\n\nstill one", "two", "three"]
+
+
+def test_bad_lines_are_named_and_counted(tmp_path, capsys):
+    path = tmp_path / "a.jsonl"
+    good = json.dumps({"body": "good"})
+    path.write_bytes(
+        f'{good}\n{{"body": \n\n{{"text": "x"}}\n{{"body": 3}}\n[1]\n'.encode()
+        + b'{"body": "\xff"}\n'
+    )
+    args = [path, "--text_field", "body", "--val_fraction", 0, "--out", tmp_path / "o"]
+    assert run(*args) == 0
+    captured = capsys.readouterr()
+    for line in (2, 4, 5, 6, 7):
+        assert f"a.jsonl:{line}: " in captured.err
+    assert "5 left out" in captured.out and texts(tmp_path / "o", "train") == ["good"]
+
+
+def failure(capsys, *args):
+    assert run(*args) == 2
+    lines = capsys.readouterr().err.strip().splitlines()
+    return lines[-1], len(lines)
+
+
+def test_mistakes_are_one_line_and_leave_nothing(tmp_path, capsys):
+    out = tmp_path / "out"
+    path = write_jsonl(tmp_path / "a.jsonl", ["x"])
+    (tmp_path / "only_bad.jsonl").write_text("{\n")
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "data.csv").touch()
+    for args, message in (
+        ([tmp_path / "missing.txt"], "missing.txt: no such file"),
+        ([tmp_path / "*.nothing"], "no such file, folder or pattern"),
+        ([tmp_path / "empty"], "the folder holds no .txt"),
+        ([tmp_path / "data.csv"], "data.csv: cannot read this type"),
+        ([path, "--val_fraction", 1], "--val_fraction 1.0: expected"),
+        ([path, "--val_fraction", "some"], "--val_fraction: invalid float value"),
+        ([path, "--shard_tokens", 0], "--shard_tokens 0: expected"),
+        ([path, "--tokenizer", "nonsense"], "--tokenizer 'nonsense': expected"),
+        ([path, "--text", "x"], "unrecognized arguments: --text"),
+    ):
+        line, count = failure(capsys, *args, "--out", out)
+        assert message in line and count == 1
+    line, count = failure(capsys, tmp_path / "only_bad.jsonl", "--out", out)
+    assert "no training document in 1 files (1 left out as bad" in line and count == 2
+    names = {"a.jsonl", "only_bad.jsonl", "empty", "data.csv"}
+    assert {p.name for p in tmp_path.iterdir()} == names
+
+
+def test_overwrite(tmp_path, capsys):
+    path = write_jsonl(tmp_path / "a.jsonl", ["old"])
+    out = tmp_path / "out"
+    args = [path, "--out", out, "--val_fraction", 0]
+    assert run(*args) == 0
+    write_jsonl(path, ["new"])
+    assert "exists and is not empty" in failure(capsys, *args)[0]
+    assert texts(out, "train") == ["old"]
+    assert run(*args, "--overwrite") == 0
+    assert texts(out, "train") == ["new"]
+    (tmp_path / "firmware").mkdir()
+    (tmp_path / "firmware/a.bin").touch()
+    foreign = [path, "--out", tmp_path / "firmware", "--overwrite"]
+    assert "would delete other files" in failure(capsys, *foreign)[0]
+    (out / "thesis.doc").touch()
+    assert "would delete other files" in failure(capsys, *args, "--overwrite")[0]
+    assert texts(out, "train") == ["new"]
+
+
+def test_nothing_held_out_is_said(tmp_path, capsys):
+    path = write_jsonl(tmp_path / "a.jsonl", ["x"])
+    assert run(path, "--out", tmp_path / "o", "--val_fraction", 1e-9) == 0
+    assert "warning: no document was held out" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("flag", ["--help", "-h"])
+def test_help(flag, capsys):
+    with pytest.raises(SystemExit) as leave:
+        prepare_data.main([flag])
+    assert leave.value.code == 0 and "--val_fraction" in capsys.readouterr().out

@@ -1,0 +1,188 @@
+"""Tokenizers: round trips, special-token text, end-of-text lookup, hashes.
+
+tiktoken encodings are tried only where their files are cached; nothing is downloaded.
+"""
+
+import hashlib
+import json
+import os
+import tempfile
+from pathlib import Path
+
+import pytest
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+
+from config import UserError
+from tokenizer import load_tokenizer
+
+TEXTS = [
+    "The quick brown fox; 12345 jumps.",
+    "naive cafe\u0301 \u00fcber \u4f60\u597d \U0001f600\n\ttabs  and   spaces ",
+    "a <|endoftext|> in the middle and <|im_start|>user",
+    "",
+]
+TIKTOKEN_URLS = {
+    "gpt2": ("gpt-2/encodings/main/vocab.bpe", "gpt-2/encodings/main/encoder.json"),
+    "o200k_base": ("encodings/o200k_base.tiktoken",),
+}
+
+
+def make_folder(folder, *, texts=TEXTS, vocab_size=400, **config):
+    """A byte-level BPE folder like a published one, with settings that must not reach the data."""
+    folder.mkdir(parents=True, exist_ok=True)
+    tok = Tokenizer(models.BPE())
+    tok.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tok.decoder = decoders.ByteLevel()
+    special = [AddedToken(t, special=True) for t in ("<|endoftext|>", "<|im_start|>", "<|im_end|>")]
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=special,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tok.train_from_iterator(texts, trainer)
+    tok.post_processor = processors.TemplateProcessing(
+        single="<|im_start|> $A", special_tokens=[("<|im_start|>", 1)]
+    )
+    tok.enable_truncation(4)
+    tok.enable_padding(length=16)
+    tok.save(str(folder / "tokenizer.json"))
+    if config:
+        (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    return folder
+
+
+def tiktoken_or_skip(name):
+    folder = os.environ.get("TIKTOKEN_CACHE_DIR") or os.environ.get("DATA_GYM_CACHE_DIR")
+    folder = Path(folder or Path(tempfile.gettempdir()) / "data-gym-cache")
+    for part in TIKTOKEN_URLS[name]:
+        url = "https://openaipublic.blob.core.windows.net/" + part
+        if not (folder / hashlib.sha1(url.encode()).hexdigest()).is_file():
+            pytest.skip(f"tiktoken's files for {name} are not cached")
+    return load_tokenizer(name)
+
+
+def check_round_trip(tok):
+    for text in TEXTS:
+        ids = tok.encode(text)
+        assert tok.decode(ids) == text
+        assert tok.eos_token_id not in ids
+        assert all(0 <= i < tok.vocab_size for i in ids)
+    assert tok.encode_batch(TEXTS) == [tok.encode(text) for text in TEXTS]
+    assert tok.decode(tok.encode("lone \ud800 surrogate")) == "lone \ufffd surrogate"
+    assert tok.encode_batch(["\ud800"]) == [tok.encode("\ud800")]
+    assert len(bytes.fromhex(tok.hash)) == 8
+
+
+def test_byte_tokenizer():
+    tok = load_tokenizer("byte")
+    check_round_trip(tok)
+    assert (tok.vocab_size, tok.eos_token_id, tok.bos_token_id) == (257, 256, None)
+    assert tok.encode("A\u00e9") == [65, 0xC3, 0xA9]
+    assert tok.decode([65, 256, 66, 300]) == "A<|endoftext|>B\ufffd"
+
+
+@pytest.mark.parametrize(
+    "name, vocab, eos", [("gpt2", 50257, 50256), ("o200k_base", 200019, 199999)]
+)
+def test_tiktoken(name, vocab, eos):
+    tok = tiktoken_or_skip(name)
+    check_round_trip(tok)
+    assert (tok.name, tok.vocab_size, tok.eos_token_id) == (name, vocab, eos)
+    assert tok.encode("<|endoftext|>", special_tokens=True) == [eos]
+    assert tok.decode([*tok.encode("ab"), vocab + 5]) == "ab\ufffd"
+
+
+def test_tiktoken_without_network(monkeypatch):
+    import requests
+    import tiktoken
+
+    def offline(name):
+        raise requests.ConnectionError("a\nlong\nstory")
+
+    monkeypatch.setattr(tiktoken, "get_encoding", offline)
+    with pytest.raises(UserError, match=r"--tokenizer gpt2: .*TIKTOKEN_CACHE_DIR") as error:
+        load_tokenizer("gpt2")
+    assert "\n" not in str(error.value)
+
+
+def test_json_folder(tmp_path):
+    folder = make_folder(tmp_path / "small", eos_token="<|im_end|>", chat_template="{{ messages }}")
+    tok = load_tokenizer(str(folder))
+    check_round_trip(tok)
+    assert (tok.name, tok.eos_token_id, tok.bos_token_id) == ("small", 2, None)
+    assert tok.chat_template == "{{ messages }}"
+    # Longer than the truncation in the file, no padding, no added <|im_start|>.
+    long = "fox jumps " * 50
+    assert tok.decode(tok.encode(long)) == long
+    assert tok.encode("<|im_start|>x", special_tokens=True) == [1, *tok.encode("x")]
+    assert 1 not in tok.encode("<|im_start|>x")
+    assert tok.decode([*tok.encode("ab"), tok.vocab_size + 3, *tok.encode("c")]) == "ab\ufffdc"
+    assert load_tokenizer(str(folder / "tokenizer.json")).hash == tok.hash
+
+
+@pytest.mark.parametrize(
+    "config, eos",
+    [
+        ({"eos_token": {"content": "<|im_end|>"}}, 2),
+        ({"eos_token": None}, 0),  # nothing said: the usual name
+        ({"eos_token_id": [2, 0]}, 2),
+        ({"eos_token_id": 1}, 1),
+        ({"eos_token": "not in the vocabulary"}, 0),
+    ],
+)
+def test_eos_in_tokenizer_config(tmp_path, config, eos):
+    assert load_tokenizer(str(make_folder(tmp_path, **config))).eos_token_id == eos
+
+
+def test_eos_order_of_files(tmp_path):
+    make_folder(tmp_path)
+    (tmp_path / "config.json").write_text('{"eos_token_id": 1, "bos_token_id": 0}')
+    tok = load_tokenizer(str(tmp_path))
+    assert (tok.eos_token_id, tok.bos_token_id) == (1, 0)
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": [2, 1]}')
+    assert load_tokenizer(str(tmp_path)).eos_token_id == 2
+    (tmp_path / "tokenizer_config.json").write_text('{"eos_token": "<|endoftext|>"}')
+    assert load_tokenizer(str(tmp_path)).eos_token_id == 0
+
+
+def test_hash_is_of_the_vocabulary(tmp_path):
+    a = make_folder(tmp_path / "a", eos_token="<|im_end|>")
+    b = make_folder(tmp_path / "b")
+    backend = Tokenizer.from_file(str(b / "tokenizer.json"))
+    backend.no_truncation()
+    backend.save(str(b / "tokenizer.json"), pretty=False)  # other bytes, same tokenizer
+    c = make_folder(tmp_path / "c", vocab_size=300)
+    hashes = [load_tokenizer(str(folder)).hash for folder in (a, b, c)]
+    assert hashes[0] == hashes[1] != hashes[2]
+    backend.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), backend.pre_tokenizer]
+    )
+    backend.save(str(b / "tokenizer.json"))  # same vocabulary, other splitting
+    assert load_tokenizer(str(b)).hash != hashes[0]
+
+
+def test_portable_spec(tmp_path, monkeypatch):
+    make_folder(tmp_path / "rel")
+    monkeypatch.chdir(tmp_path)
+    assert load_tokenizer("rel").portable_spec == "rel"
+    assert load_tokenizer(str(tmp_path / "rel")).portable_spec is None
+    assert load_tokenizer("byte").portable_spec == "byte"
+
+
+def test_mistakes_are_named(tmp_path):
+    with pytest.raises(UserError, match=r"--tokenizer 'nonsense'.*byte.*gpt2.*tokenizer\.json"):
+        load_tokenizer("nonsense")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match=r"empty: the folder holds no tokenizer.json"):
+        load_tokenizer(str(tmp_path / "empty"))
+    (tmp_path / "tokenizer.json").write_text("{broken")
+    with pytest.raises(UserError, match=r"cannot read .*tokenizer.json"):
+        load_tokenizer(str(tmp_path))
+    bare = Tokenizer(models.BPE({"a": 0, "b": 1}, []))
+    bare.save(str(tmp_path / "tokenizer.json"))
+    with pytest.raises(UserError, match=r"no end-of-text token"):
+        load_tokenizer(str(tmp_path))
+    (tmp_path / "config.json").write_text("[1]")
+    with pytest.raises(UserError, match=r"config.json holds list, expected an object"):
+        load_tokenizer(str(tmp_path))

@@ -1,0 +1,146 @@
+"""Pretrain a transformer from scratch (softmax, or hybrid with --layers).
+
+python train.py --config configs/smoke.yaml --torch_compile=False
+torchrun --nproc_per_node 8 train.py --config configs/gpt2-124m.yaml --data data/fineweb
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from cli import run_main
+from config import ModelConfig, PretrainConfig, UserError, parse_layers
+from corpus import resolve_data
+from data import TokenDataset, eval_batches
+from distributed import compile_blocks, main_first, start, stop
+from evaluate import PROMPTS, Evaluator, completions
+from hf import save_model
+from hybrid_layers import mixer_names
+from model import Transformer
+from objectives import HeadObjective
+from ops.kernels import resolve_kernel
+from tokenizer import load_tokenizer
+from trainer import (
+    check_run_folder,
+    compile_wanted,
+    finish,
+    open_run,
+    plan_stage,
+    restore_weights,
+    set_kernel,
+    set_up_torch,
+    train_stage,
+)
+
+
+def model_config(cfg: PretrainConfig, vocab_size: int, eos: int | None) -> ModelConfig:
+    """The model that the flags describe."""
+    if not cfg.head_dim and cfg.embedding_dim % cfg.num_heads:
+        raise UserError(
+            f"--embedding_dim: {cfg.embedding_dim} found, a multiple of --num_heads "
+            f"{cfg.num_heads} (or --head_dim) expected"
+        )
+    layers = parse_layers(cfg.layers, cfg.num_blocks, cfg.keep_layers)
+    softmax = "sliding_attention" if cfg.sliding_window else "full_attention"
+    kinds = ["linear_attention" if i in layers else softmax for i in range(cfg.num_blocks)]
+    mlp = cfg.mlp_dim or -(-cfg.embedding_dim * 8 // 3 // 64) * 64
+    return ModelConfig(
+        # Rows in multiples of 64 make the head's matmul fast; small vocabularies stay exact.
+        vocab_size=vocab_size if vocab_size < 1024 else -(-vocab_size // 64) * 64,
+        hidden_size=cfg.embedding_dim, intermediate_size=mlp, num_hidden_layers=cfg.num_blocks,
+        num_attention_heads=cfg.num_heads, num_key_value_heads=cfg.num_kv_heads or cfg.num_heads,
+        head_dim=cfg.head_dim or cfg.embedding_dim // cfg.num_heads, rope_theta=cfg.rope_theta,
+        max_position_embeddings=max(2048, cfg.context_len), sliding_window=cfg.sliding_window,
+        attention_sink=cfg.attention_sink, tie_word_embeddings=cfg.tie_embeddings,
+        layer_types=kinds, mixer=mixer_names(cfg.mixer, len(layers)) if layers else None,
+        eos_token_id=eos,
+    )  # fmt: skip
+
+
+def unigram_entropy(batches) -> float:
+    """Nats per token of the held-out labels under their own frequencies: the best a model that
+    ignores all context could do."""
+    labels = torch.cat([b.labels.flatten() for b in batches])
+    counts = torch.bincount(labels[labels >= 0]).double()
+    p = counts[counts > 0] / counts.sum()
+    return float(-(p * p.log()).sum())
+
+
+def pretrain(cfg: PretrainConfig, argv: list[str]) -> None:
+    spec = cfg.tokenizer or "byte"
+    tokenizer = load_tokenizer(spec)
+    config = model_config(cfg, tokenizer.vocab_size, tokenizer.eos_token_id)
+    check_run_folder(cfg)
+    world = start(cfg.device)
+    dtype = set_up_torch(cfg, world)
+    kernel = resolve_kernel(cfg.kernel, world.device)
+    data = main_first(world, lambda: resolve_data(cfg.data, tokenizer))
+    train_data = TokenDataset.open(data, "train")
+    train_data.check_tokenizer(tokenizer)
+    seq_len = cfg.context_len or 512
+    held_out = eval_batches(
+        TokenDataset.open(data, "val"), seq_len=seq_len, max_tokens=cfg.eval_tokens,
+        doc_mask=cfg.doc_mask,
+    )  # fmt: skip
+
+    model = Transformer(config)
+    model.init_weights()
+    model.to(world.device)
+    set_kernel(model, kernel)
+    stage = cfg.stage(train_data.num_rows(seq_len))
+    plan = plan_stage(cfg, "pretrain", stage, world)
+    identity = {
+        "script": "train", "model": model.config.__dict__, "data": train_data.fingerprint,
+        "stage": {k: v for k, v in stage.__dict__.items() if k not in ("tokens", "micro_batch")},
+        "seed": cfg.seed, "dtype": str(dtype), "doc_mask": cfg.doc_mask,
+    }  # fmt: skip
+    run = open_run(cfg, argv, world, identity, script="train", dtype=dtype, stages=["pretrain"])
+    say = run.logger.say
+    say(f"model: {model.num_params():,} parameters, layers {config.layer_map()}")
+    say(f"data: {train_data.num_tokens:,} tokens of {data}, tokenizer {tokenizer.name}")
+    say(f"compute: {world.size} x {world.device.type}, {dtype}, linear kernel {kernel}")
+    say(plan.line(world))
+    if cfg.dry_run:
+        say("dry run: nothing trained")
+        finish(run)
+        return
+    restore_weights(run, model)
+    if compile_wanted(cfg, world):
+        compile_blocks(model)
+    evaluator = Evaluator(held_out, None, amp=run.amp, world=world)
+    if "pretrain" not in run.done:
+        objective = HeadObjective(model, None, stage, world)
+        train_stage(
+            run, plan, objective, train_data, student=model, teacher=None,
+            evaluate=lambda: evaluator(model),
+        )  # fmt: skip
+    scores = evaluator(model)
+    entropy = unigram_entropy(held_out)
+    run.logger.log_eval(run.step, "pretrain", {**scores, "unigram_entropy": entropy})
+    say(
+        f"held-out loss {scores['ce']:.3f} nats/token = {scores['ce'] / entropy:.2f} x the unigram "
+        f"entropy {entropy:.3f}; perplexity {scores['ppl']:.2f}, "
+        f"{scores['ce'] / math.log(2):.3f} bits/token"
+    )
+    if world.is_main and cfg.sample_tokens:
+        for prompt, text in zip(
+            PROMPTS, completions(model, tokenizer, cfg.sample_tokens, run.amp), strict=True
+        ):
+            say(f"sample: {prompt!r} -> {text!r}")
+    if world.is_main and cfg.save_model:
+        kind = save_model(model, run.folder / "model", tokenizer_from=spec)
+        say(f"model saved in {run.folder / 'model'} as {kind}")
+    finish(run)
+
+
+def main(cfg: PretrainConfig, argv: list[str]) -> None:
+    try:
+        pretrain(cfg, argv)
+    finally:
+        stop()
+
+
+if __name__ == "__main__":
+    run_main(PretrainConfig, main)

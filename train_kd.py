@@ -1,0 +1,312 @@
+"""Distil a transformer into a hybrid of softmax and linear attention.
+
+    python scripts/download_model.py
+    python train_kd.py --layers 10,14,20
+    torchrun --nproc_per_node 8 train_kd.py --layers 3:1 --data data/fineweb
+
+Stages: align (every converted layer against the softmax layer it replaces), distill (the whole
+student against the teacher's predictions), long (cross-entropy at long context).
+Without --config: configs/smollm2.yaml on CUDA, configs/smollm2-cpu.yaml elsewhere.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import torch
+
+from cli import run_main
+from config import DistillConfig, StageConfig, UserError, parse_layers
+from corpus import resolve_data
+from data import PackedLoader, TokenDataset, eval_batches
+from distributed import World, choose_device, compile_blocks, main_first, start, stop
+from evaluate import PROMPTS, Evaluator, completions, inputs, zeroed_attention
+from hf import fingerprint, load_model, read_config, save_model, tokenizer_spec
+from hybrid_layers import check_transfer, convert_config, convert_layers, mixer_parameters
+from layers import attention_kernel
+from model import Transformer
+from objectives import AlignObjective, HeadObjective
+from ops.kernels import resolve_kernel
+from tokenizer import load_tokenizer
+from trainer import (
+    Run,
+    StagePlan,
+    check_run_folder,
+    compile_wanted,
+    finish,
+    open_run,
+    plan_stage,
+    restore_weights,
+    set_kernel,
+    set_up_torch,
+    train_stage,
+)
+
+
+def preflight(cfg: DistillConfig) -> tuple[list[int], str, bool]:
+    """What can be refused before a device or a process group is touched. Returns the linear
+    layers, the tokenizer and whether the student is converted here."""
+    if not Path(cfg.teacher).is_dir():
+        name = Path(cfg.teacher).name
+        known = "" if name == "smollm2-135m" else f" ORG/NAME --out {cfg.teacher}"
+        raise UserError(
+            f"--teacher: no folder {cfg.teacher}; fetch it with "
+            f"python scripts/download_model.py{known}"
+        )
+    config = read_config(cfg.teacher)
+    source = config
+    if cfg.student:
+        if not Path(cfg.student).is_dir():
+            raise UserError(f"--student: no folder {cfg.student}")
+        source = read_config(cfg.student)
+    convert = "linear_attention" not in source.layer_types
+    if convert:
+        layers = parse_layers(cfg.layers, source.num_hidden_layers, cfg.keep_layers)
+        convert_config(source, layers, cfg.mixer, linear_rope=cfg.linear_rope)
+    else:
+        layers = [i for i, t in enumerate(source.layer_types) if t == "linear_attention"]
+    if "align" in cfg.stage_names():
+        same = ("hidden_size", "num_hidden_layers", "head_dim", "num_attention_heads")
+        odd = [n for n in same if getattr(source, n) != getattr(config, n)]
+        if odd:
+            raise UserError(
+                f"--stages: align compares layer by layer, but the student's {odd[0]} is "
+                f"{getattr(source, odd[0])} and the teacher's {getattr(config, odd[0])}"
+            )
+        if not layers:
+            raise UserError("--layers: none found, align needs at least one converted layer")
+    spec = cfg.tokenizer or tokenizer_spec(cfg.teacher)
+    tokenizer = load_tokenizer(spec)
+    if tokenizer.vocab_size > config.vocab_size:
+        raise UserError(
+            f"--tokenizer: {tokenizer.name} has {tokenizer.vocab_size} tokens, the teacher's "
+            f"embedding {config.vocab_size} rows"
+        )
+    mine = load_tokenizer(tokenizer_spec(cfg.teacher))
+    other = load_tokenizer(tokenizer_spec(cfg.student)) if cfg.student else tokenizer
+    for flag, t in (("tokenizer", tokenizer), ("student", other)):
+        if t.hash != mine.hash:
+            raise UserError(
+                f"--{flag}: tokenizer {t.name} ({t.hash}) found, the teacher's {mine.name} "
+                f"({mine.hash}) expected"
+            )
+    check_run_folder(cfg)
+    return layers, spec, convert
+
+
+def build_models(
+    cfg: DistillConfig, layers: list[int], convert: bool, world: World, dtype: torch.dtype
+) -> tuple[Transformer, Transformer, bool]:
+    """(teacher, student, shared): the frozen teacher in the compute type and the student, whose
+    trunk is the teacher's own where only mixers train, else a float32 copy."""
+    teacher = load_model(cfg.teacher, dtype=dtype, device=world.device)
+    teacher.eval().requires_grad_(False)
+    stages = [getattr(cfg, name) for name in cfg.stage_names()]
+    only_mixers = all(s.train == "mixers" for s in stages)
+    shared = not cfg.student and only_mixers and cfg.share_trunk == "auto"
+    if not cfg.student:
+        student = convert_layers(
+            teacher, layers, mixer=cfg.mixer, linear_rope=cfg.linear_rope, share_trunk=shared
+        )
+    else:
+        student = load_model(cfg.student, dtype=torch.float32, device=world.device)
+        if convert and layers:
+            student = convert_layers(student, layers, mixer=cfg.mixer, linear_rope=cfg.linear_rope)
+    return teacher, student.train(), shared
+
+
+@torch.no_grad()
+def calibrate(
+    run: Run, teacher: Transformer, student: Transformer, layers: list[int], data: TokenDataset
+) -> dict[int, float]:
+    """Fit gates and output scales on a few training rows; layer -> relative error afterwards."""
+    seq_len = min(512, run.cfg.calibrate_tokens)
+    rows = max(1, run.cfg.calibrate_tokens // seq_len)
+    loader = PackedLoader(
+        data, seq_len=seq_len, rows_per_step=rows, micro_batch=rows, seed=run.cfg.seed, prefetch=0
+    )
+    batch = loader.next_step()[0].to(run.world.device)
+    loader.close()
+    errors = {}
+    with run.amp():
+        for i, normed, target, seq in teacher.attention_taps(**inputs(batch), layers=layers):
+            errors[i] = student.layers[i].linear_attn.calibrate(normed, target, seq)
+    return errors
+
+
+def set_trainable(student: Transformer, stage: StageConfig) -> None:
+    """Which parameters the stage trains."""
+    mixers = mixer_parameters(student)
+    for name, p in student.named_parameters():
+        p.requires_grad_(stage.train == "all" or name in mixers)
+
+
+class Table:
+    """The rows of the final table, kept in the run's folder so that a resumed run has them all."""
+
+    def __init__(self, run: Run):
+        self.run, self.path = run, run.folder / "table.json"
+        self.rows: list[dict] = []
+        if run.resumed_from is not None and self.path.is_file():
+            self.rows = json.loads(self.path.read_text())
+
+    def has(self, name: str) -> bool:
+        return any(row["model"] == name for row in self.rows)
+
+    def add(self, name: str, scores: dict[str, float]) -> None:
+        """One evaluated model; also a row of metrics.jsonl."""
+        self.run.logger.log_eval(self.run.step, name, scores)
+        row = {
+            "model": name, "perplexity": round(scores["ppl"], 3),
+            "x teacher": round(scores["ratio"], 4), "KL": round(scores["kl"], 4),
+            "top-1": round(scores["top1"], 4),
+        }  # fmt: skip
+        self.rows = [r for r in self.rows if r["model"] != name] + [row]
+        if self.run.world.is_main:
+            self.path.write_text(json.dumps(self.rows, indent=1) + "\n")
+
+
+def distil(cfg: DistillConfig, argv: list[str]) -> None:
+    layers, spec, convert = preflight(cfg)
+    names = cfg.stage_names()
+    world = start(cfg.device)
+    dtype = set_up_torch(cfg, world)
+    kernel = resolve_kernel(cfg.kernel, world.device)
+    tokenizer = load_tokenizer(spec)
+    data = main_first(world, lambda: resolve_data(cfg.data, tokenizer))
+    train_data, val_data = TokenDataset.open(data, "train"), TokenDataset.open(data, "val")
+    train_data.check_tokenizer(tokenizer)
+    plans = []
+    for index, name in enumerate(names):
+        stage = getattr(cfg, name)
+        if cfg.epochs:
+            stage.tokens = max(1, int(cfg.epochs * train_data.num_tokens))
+        plans.append(plan_stage(cfg, name, stage, world, index))
+
+    teacher, student, shared = build_models(cfg, layers, convert, world, dtype)
+    set_kernel(student, kernel)
+    identity = run_identity(cfg, layers, convert, plans, train_data, dtype)
+    run = open_run(cfg, argv, world, identity, script="train_kd", dtype=dtype, stages=names)
+    describe(run, cfg, teacher, student, layers, plans, train_data, data, kernel, shared)
+    fresh = run.resumed_from is None
+    if layers and convert and fresh:
+        ids = torch.from_numpy(train_data.read(0, 128).astype("int64"))[None].to(world.device)
+        worst = check_transfer(teacher, student, layers, ids)
+        run.logger.say(f"transfer self-test: q, k, v correlate at least {min(worst.values()):.4f}")
+        if cfg.calibrate_tokens:
+            errors = calibrate(run, teacher, student, layers, train_data)
+            mean = sum(errors.values()) / len(errors)
+            run.logger.say(f"calibrated on {cfg.calibrate_tokens} tokens: mean error {mean:.3f}")
+    if cfg.dry_run:
+        run.logger.say("dry run: nothing trained")
+        finish(run)
+        return
+    if compile_wanted(cfg, world):
+        compile_blocks(teacher)
+        compile_blocks(student)
+
+    table = Table(run)
+    held_out = eval_batches(
+        val_data, seq_len=plans[-1].stage.seq_len, max_tokens=cfg.eval_tokens,
+        doc_mask=cfg.doc_mask,
+    )  # fmt: skip
+    first = min(layers) if shared else 0
+    evaluator = Evaluator(held_out, teacher, amp=run.amp, first=first, world=world)
+    if not table.has("teacher"):
+        table.add("teacher", evaluator(teacher))
+    if layers and fresh:
+        with zeroed_attention(student, layers):
+            table.add("converted attention outputs zeroed", evaluator(student))
+        table.add("student after transfer", evaluator(student))
+    restore_weights(run, student)
+    for plan in plans:
+        if plan.name in run.done:
+            continue
+        set_trainable(student, plan.stage)
+        if plan.name == "align":
+            objective = AlignObjective(student, teacher, layers, world)
+        else:
+            objective = HeadObjective(student, teacher, plan.stage, world, first)
+        train_stage(
+            run, plan, objective, train_data, student=student, teacher=teacher,
+            evaluate=lambda: evaluator(student),
+        )  # fmt: skip
+        table.add(f"student after {plan.name}", evaluator(student))
+    conclude(run, cfg, table, teacher, student, tokenizer, spec)
+
+
+def run_identity(cfg, layers, convert, plans: list[StagePlan], data: TokenDataset, dtype) -> dict:
+    """What a continuation must have in common with the run it continues."""
+    stages = {}
+    for plan in plans:
+        stage = dataclasses.asdict(plan.stage)
+        stages[plan.name] = {k: v for k, v in stage.items() if k not in ("tokens", "micro_batch")}
+    return {
+        "script": "train_kd", "teacher": fingerprint(cfg.teacher),
+        "student": fingerprint(cfg.student) if cfg.student else "", "layers": layers,
+        "mixer": cfg.mixer, "linear_rope": cfg.linear_rope, "data": data.fingerprint,
+        "seed": cfg.seed, "dtype": str(dtype), "doc_mask": cfg.doc_mask,
+        "calibrate_tokens": cfg.calibrate_tokens if convert else 0, "stages": stages,
+    }  # fmt: skip
+
+
+def describe(run, cfg, teacher, student, layers, plans, train_data, data, kernel, shared) -> None:
+    """The plan, before anything runs."""
+    say, world = run.logger.say, run.world
+    mixers = sum(p.numel() for p in mixer_parameters(student).values())
+    say(f"layers: {student.config.layer_map()}  (L linear: {len(layers)} of {len(student.layers)})")
+    say(
+        f"teacher: {cfg.teacher}, {teacher.num_params():,} parameters; student: "
+        f"{student.num_params():,}, mixers {mixers:,}"
+        + ("; trunk shared and frozen" if shared else "")
+    )
+    say(f"data: {train_data.num_tokens:,} tokens of {data}")
+    softmax = attention_kernel(
+        world.device, run.dtype, packed=cfg.doc_mask, sink=False,
+        compiled=compile_wanted(cfg, world),
+    )  # fmt: skip
+    say(
+        f"compute: {world.size} x {world.device.type}, {run.dtype}; softmax kernel {softmax}, "
+        f"linear kernel {kernel}, compile {'on' if compile_wanted(cfg, world) else 'off'}"
+    )
+    for plan in plans:
+        say(plan.line(world))
+
+
+def conclude(run, cfg, table, teacher, student, tokenizer, spec) -> None:
+    """The table, the samples, the saved student."""
+    run.logger.table("held-out documents", table.rows)
+    if run.world.is_main and cfg.sample_tokens:
+        theirs = completions(teacher, tokenizer, cfg.sample_tokens, run.amp)
+        ours = completions(student, tokenizer, cfg.sample_tokens, run.amp)
+        rows = [
+            {"prompt": p, "teacher": t, "student": s}
+            for p, t, s in zip(PROMPTS, theirs, ours, strict=True)
+        ]
+        run.logger.table("greedy completions", rows)
+        (run.folder / "samples.json").write_text(json.dumps(rows, indent=1) + "\n")
+    if run.world.is_main and cfg.save_model:
+        folder = run.folder / "model"
+        kind = save_model(student, folder, tokenizer_from=spec)
+        run.logger.say(f"student saved in {folder} as {kind}")
+    finish(run)
+
+
+def default_preset(flags: dict[str, str]) -> str:
+    """The preset of this machine's device; which one is said on stdout."""
+    device = flags.get("device", "auto").lower()
+    cuda = choose_device("auto").type == "cuda" if device == "auto" else device == "cuda"
+    return "configs/smollm2.yaml" if cuda else "configs/smollm2-cpu.yaml"
+
+
+def main(cfg: DistillConfig, argv: list[str]) -> None:
+    try:
+        distil(cfg, argv)
+    finally:
+        stop()
+
+
+if __name__ == "__main__":
+    run_main(DistillConfig, main, default_preset=default_preset)

@@ -1,0 +1,414 @@
+"""The one training loop, used by train.py and train_kd.py.
+
+    run = open_run(cfg, argv, world, identity, script="train_kd")   folder, log, resume point
+    train_stage(run, plan, objective, ...)                          one stage to its end
+
+What a step's gradients are is the business of an objective (objectives.py).
+Check: `pytest tests/test_trainer.py`.
+"""
+
+from __future__ import annotations
+
+import math
+import shlex
+import subprocess
+import time
+from collections.abc import Callable
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+import yaml
+from torch import nn
+
+import checkpoint
+from cli import to_dict
+from config import StageConfig, TrainConfig, UserError
+from data import PackedLoader, TokenDataset
+from distributed import World, all_sum, barrier, main_says
+from flops import flops_per_token, matmul_params, mfu, model_flops_per_token, peak_flops
+from layers import sdpa_priority
+from metrics import MetricsLogger, StepTimer, memory_gib
+from model import Transformer
+from optimizer import OptimizerSet, build_optimizer, lr_factor
+
+MICRO_BATCH_TOKENS = 32_768
+
+
+# ---- precision
+
+
+def compute_dtype(name: str, device: torch.device) -> torch.dtype:
+    """auto = bfloat16 where the hardware multiplies it fast, else float32."""
+    if name != "auto":
+        return {"bfloat16": torch.bfloat16, "float32": torch.float32}[name]
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
+    probes = ("_is_amx_tile_supported", "_is_avx512_bf16_supported")
+    fast = device.type == "cpu" and any(getattr(torch.cpu, p, bool)() for p in probes)
+    return torch.bfloat16 if fast else torch.float32
+
+
+def amp_context(device: torch.device, dtype: torch.dtype) -> Callable:
+    """A factory of autocast contexts; a null one for float32."""
+    if dtype == torch.float32:
+        return nullcontext
+    return lambda: torch.autocast(device.type, dtype)
+
+
+# ---- a run: folder, log, resume point
+
+
+@dataclass
+class Run:
+    """What all stages of one run share."""
+
+    cfg: TrainConfig
+    world: World
+    folder: Path
+    logger: MetricsLogger
+    dtype: torch.dtype
+    identity: dict  # what must not change between a run and its continuation
+    resumed: dict | None = None  # state of the checkpoint taken up
+    resumed_from: Path | None = None
+    step: int = 0  # optimizer steps of all stages so far
+    done: set[str] = field(default_factory=set)  # stages finished before this process
+
+    @property
+    def amp(self) -> Callable:
+        return amp_context(self.world.device, self.dtype)
+
+
+def set_up_torch(cfg: TrainConfig, world: World) -> torch.dtype:
+    """Seeds, matmul precision; returns the compute type."""
+    torch.manual_seed(cfg.seed)
+    torch.set_float32_matmul_precision(cfg.matmul_precision)
+    return compute_dtype(cfg.dtype, world.device)
+
+
+def compile_wanted(cfg: TrainConfig, world: World) -> bool:
+    """--torch_compile: auto = on for CUDA."""
+    if cfg.torch_compile == "auto":
+        return world.device.type == "cuda"
+    return cfg.torch_compile == "true"
+
+
+def set_kernel(model: Transformer, kernel: str) -> None:
+    """Every linear mixer's kernel."""
+    for block in model.layers:
+        if block.kind == "linear_attention":
+            block.linear_attn.kernel = kernel
+
+
+def run_folder(cfg: TrainConfig, script: str) -> Path:
+    """runs/<run>; a run without a name is called after the script and the time."""
+    return Path(cfg.save_model_dir) / (cfg.run or f"{script}-{time.strftime('%Y%m%d-%H%M%S')}")
+
+
+def check_run_folder(cfg: TrainConfig) -> None:
+    """Refuse to mix a new run into an old one's folder, before any work."""
+    if cfg.resume not in ("never", "auto"):
+        if not Path(cfg.resume).exists():
+            raise UserError(f"--resume: no checkpoint or run {cfg.resume}; never or auto also work")
+        return
+    if cfg.resume == "auto" and not cfg.run:
+        raise UserError("--resume: auto found without --run, the name of the run to go on with")
+    folder = run_folder(cfg, "")
+    if cfg.run and cfg.resume == "never" and folder.exists() and any(folder.iterdir()):
+        raise UserError(f"--run: {folder} exists already; another name, or --resume auto, expected")
+
+
+def open_run(
+    cfg: TrainConfig, argv: list[str], world: World, identity: dict, *, script: str,
+    dtype: torch.dtype, stages: list[str],
+) -> Run:  # fmt: skip
+    """Make or reopen the run's folder, find the checkpoint to go on from, start the log."""
+    folder = Path(main_says(str(run_folder(cfg, script)), world))
+    found, state = None, None
+    if cfg.resume == "auto":
+        found = checkpoint.find_checkpoint(
+            folder, explicit=False, rank=world.rank, world_size=world.size
+        )
+    elif cfg.resume != "never":
+        found = checkpoint.find_checkpoint(
+            cfg.resume, explicit=True, rank=world.rank, world_size=world.size
+        )
+        if found is None:
+            raise UserError(f"--resume: {cfg.resume} holds no checkpoint")
+    if found is not None:
+        state = checkpoint.read_state(found)
+        check_identity(found, state, identity, stages)
+        if cfg.resume not in ("auto", "never") and not cfg.run:
+            folder = found.parent.parent  # go on where the checkpoint lies
+    logger = MetricsLogger(
+        folder, rank=world.rank, wandb_enabled=cfg.wandb_enabled, wandb_project=cfg.wandb_project,
+        run_name=folder.name, config=to_dict(cfg),
+        resume_step=state["step"] + 1 if state else (0 if cfg.resume == "auto" else None),
+    )  # fmt: skip
+    run = Run(cfg, world, folder, logger, dtype, identity, state, found)
+    if state:
+        run.step = state["step"]
+        run.done = set(state["done"])
+        logger.say(f"resuming at step {run.step} from {found}")
+    if world.is_main:
+        record = {"command": shlex.join([f"{script}.py", *argv]), "commit": git_commit()}
+        text = yaml.safe_dump({**to_dict(cfg), "_run": record}, sort_keys=False)
+        (folder / "config.yaml").write_text(text)
+    return run
+
+
+def check_identity(path: Path, state: dict, identity: dict, stages: list[str]) -> None:
+    """Refuse a checkpoint of another model, data set, layer set or stage."""
+    old = state["identity"]
+    for key in sorted(set(old) | set(identity)):
+        if old.get(key) != identity.get(key):
+            raise UserError(
+                f"--resume: {path} has {key} {_short(old.get(key))}, this run "
+                f"{_short(identity.get(key))}; the same expected"
+            )
+    stage = state["stage"]
+    if stage not in stages and stage not in _before(stages[0]):
+        raise UserError(
+            f"--resume: {path} is of stage {stage}, one of {', '.join(stages)} expected"
+        )
+    if stage not in stages and stage not in state["done"]:
+        raise UserError(f"--resume: {path} stopped inside stage {stage}; finish it first")
+
+
+def _before(stage: str) -> list[str]:
+    order = ["align", "distill", "long"]
+    return order[: order.index(stage)] if stage in order else []
+
+
+def _short(value) -> str:
+    text = str(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def git_commit() -> str | None:
+    """The checkout's commit, with -dirty for local changes; None outside git."""
+    root = Path(__file__).parent
+    try:
+        out = subprocess.run(
+            ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=12"],
+            capture_output=True, text=True, timeout=10, check=False,
+        )  # fmt: skip
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return out.stdout.strip() or None
+
+
+# ---- one stage
+
+
+@dataclass
+class StagePlan:
+    """A stage cut to steps, rows and micro-batches for this number of ranks."""
+
+    name: str
+    stage: StageConfig
+    steps: int
+    rows: int  # per step, over all ranks
+    micro_batch: int  # rows per micro-batch and rank
+    seed: int
+
+    def line(self, world: World) -> str:
+        s = self.stage
+        count = self.rows // (self.micro_batch * world.size)
+        return (
+            f"{self.name}: {self.steps} steps x {s.batch_tokens:,} tokens = "
+            f"{self.steps * s.batch_tokens:,}; step = {world.size} ranks x {count} micro-batches x "
+            f"{self.micro_batch} rows x {s.seq_len} tokens; trains {s.train}, lr {s.lr:g}"
+            + (f", mixers {s.mixer_lr:g}" if s.mixer_lr else "")
+        )
+
+
+def plan_stage(
+    cfg: TrainConfig, name: str, stage: StageConfig, world: World, index: int = 0
+) -> StagePlan:
+    """Divide the global batch over ranks; UserError when it does not divide."""
+    rows = stage.rows_per_step(name)
+    if cfg.accumulation_steps and not stage.micro_batch:
+        share, rest = divmod(rows, cfg.accumulation_steps)
+        if rest or not share:
+            raise UserError(
+                f"--accumulation_steps: {cfg.accumulation_steps} found, a divisor of the {rows} "
+                f"rows of a step expected"
+            )
+        micro = share
+    elif stage.micro_batch:
+        micro = stage.micro_batch
+    else:
+        per_rank = max(1, rows // world.size)
+        limit = max(1, MICRO_BATCH_TOKENS // stage.seq_len)
+        micro = max(m for m in range(1, per_rank + 1) if per_rank % m == 0 and m <= limit)
+    if rows % (world.size * micro):
+        raise UserError(
+            f"--{name}_batch_tokens: {rows} rows of {stage.seq_len} tokens a step do not divide by "
+            f"{world.size} ranks x {micro} rows per micro-batch"
+        )
+    steps = stage.steps(cfg.max_steps)
+    return StagePlan(name, stage, steps, rows, micro, cfg.seed + 1009 * index)
+
+
+def stage_optimizer(plan: StagePlan, params: dict[str, nn.Parameter], world: World) -> OptimizerSet:
+    """The stage's Muon + AdamW over exactly `params`."""
+    s = plan.stage
+    mixers = [n for n in params if ".linear_attn." in n]
+    return build_optimizer(
+        params.items(), lr=s.lr, mixer_lr=s.mixer_lr or None, mixer_params=mixers,
+        muon_lr=s.muon_lr or None, weight_decay=s.weight_decay, use_muon=s.use_muon, rank=world.rank,
+        world_size=world.size,
+    )  # fmt: skip
+
+
+def save_step(run: Run, plan: StagePlan, step: int, objective, optimizer, loader) -> None:
+    """Write a checkpoint of the stage after `step` of its steps."""
+    if not run.cfg.save_model:
+        return
+    tensors = {f"model.{n}": p.detach() for n, p in objective.params.items()}
+    tensors |= optimizer.state_tensors()
+    done = sorted(run.done | ({plan.name} if step == plan.steps else set()))
+    state = {
+        "step": run.step, "stage": plan.name, "stage_step": step, "done": done,
+        "identity": run.identity, "loader": loader.state_dict(), "rng": checkpoint.rng_state(),
+    }  # fmt: skip
+    checkpoint.save_checkpoint(
+        run.folder, run.step, tensors, state, keep=run.cfg.keep_checkpoints,
+        rank=run.world.rank, world_size=run.world.size,
+    )  # fmt: skip
+
+
+def restore_weights(run: Run, model: Transformer) -> None:
+    """Load the weights of the checkpoint that the run goes on from into `model`, in place."""
+    if run.resumed_from is None:
+        return
+    saved = checkpoint.tensor_names(run.resumed_from)
+    params = dict(model.named_parameters())
+    names = [n.removeprefix("model.") for n in saved if n.startswith("model.")]
+    unknown = [n for n in names if n not in params]
+    if unknown:
+        raise UserError(f"--resume: {run.resumed_from} holds {unknown[0]}, the model does not")
+    into = {f"model.{n}": params[n].detach() for n in names}
+    checkpoint.load_tensors(run.resumed_from, into, partial=True)
+
+
+def train_stage(
+    run: Run, plan: StagePlan, objective, data: TokenDataset, *, student: Transformer,
+    teacher: Transformer | None, evaluate: Callable[[], dict[str, float]] | None = None,
+) -> None:  # fmt: skip
+    """Run one stage to its end, or the rest of it after a resume."""
+    cfg, world, stage = run.cfg, run.world, plan.stage
+    loader = PackedLoader(
+        data, seq_len=stage.seq_len, rows_per_step=plan.rows, micro_batch=plan.micro_batch,
+        rank=world.rank, world_size=world.size, seed=plan.seed, doc_mask=cfg.doc_mask,
+    )  # fmt: skip
+    optimizer = stage_optimizer(plan, objective.params, world)
+    start = 0
+    if run.resumed and run.resumed["stage"] == plan.name:
+        start = run.resumed["stage_step"]
+        optimizer.init_state()
+        state = optimizer.state_tensors()
+        checkpoint.load_tensors(run.resumed_from, state, partial=True)
+        optimizer.load_state_tensors(state)
+        loader.load_state_dict(run.resumed["loader"])
+        checkpoint.set_rng_state(run.resumed["rng"])
+    rates = flop_rates(run, plan, student, teacher)
+    timer = StepTimer(plan.steps, world.device, start_step=start)
+    profiler = open_profiler(run) if cfg.profile else nullcontext()
+    try:
+        with profiler as prof:
+            for step in range(start, plan.steps):
+                values = one_step(run, plan, step, objective, optimizer, loader)
+                run.step += 1
+                timer.step(stage.batch_tokens)
+                last = step + 1 == plan.steps
+                if (step + 1) % cfg.log_every == 0 or last:
+                    log_step(run, plan, values, timer, rates)
+                if prof is not None:
+                    prof.step()
+                due = cfg.eval_every and (step + 1) % cfg.eval_every == 0
+                if evaluate and due and not last:
+                    with timer.paused():
+                        run.logger.log_eval(run.step, plan.name, evaluate())
+                if last or (cfg.save_every and (step + 1) % cfg.save_every == 0):
+                    with timer.paused():
+                        save_step(run, plan, step + 1, objective, optimizer, loader)
+    finally:
+        loader.close()
+    run.done.add(plan.name)
+    run.resumed = None  # later stages start afresh
+
+
+def one_step(run: Run, plan: StagePlan, step: int, objective, optimizer, loader) -> dict:
+    """One optimizer step; returns 0-d tensors and numbers, without waiting for the device."""
+    stage, world = plan.stage, run.world
+    factor = lr_factor(
+        step, schedule=stage.schedule, total_steps=plan.steps, warmup_steps=stage.warmup_steps,
+        min_ratio=stage.min_lr_ratio, decay_fraction=stage.decay_fraction,
+    )  # fmt: skip
+    optimizer.set_lr_factor(factor)
+    batches = loader.next_step()
+    count = torch.tensor(float(sum(b.num_valid for b in batches)), device=world.device)
+    count = all_sum(count, world).clamp_(min=1)
+    with run.amp(), sdpa_priority(world.device):
+        sums = objective.backward([b.to(world.device) for b in batches], count)
+    norm = objective.clip(stage.grad_clip)
+    optimizer.step()
+    optimizer.zero_grad()
+    return {**sums, "grad_norm": norm, "lr": (stage.mixer_lr or stage.lr) * factor}
+
+
+def log_step(run: Run, plan: StagePlan, values: dict, timer: StepTimer, rates: dict) -> None:
+    """One line and one row; the only place of a step where the host waits for the device."""
+    names = [n for n in values if n not in ("lr", "grad_norm")]
+    summed = all_sum(torch.stack([values[n].float() for n in names]), run.world).tolist()
+    row = dict(zip(names, summed, strict=True))
+    if not math.isfinite(row["loss"]):
+        raise FloatingPointError(
+            f"stage {plan.name}, step {run.step}: the loss is {row['loss']}; the last checkpoint "
+            f"in {run.folder} is from before"
+        )
+    row |= {"lr": values["lr"], "grad_norm": values["grad_norm"], **timer.read()}
+    rate = row.get("tok/s")
+    if rate:
+        row["mfu"] = mfu(rate, rates["model"], run.world.size, rates["peak"])
+        row["useful_tflops"] = rate * rates["useful"] / run.world.size / 1e12
+    row["mem"] = memory_gib(run.world.device)
+    run.logger.log(run.step, plan.name, row)
+
+
+def flop_rates(run: Run, plan: StagePlan, student: Transformer, teacher) -> dict:
+    """FLOPs per token by PaLM's formula and as really needed, and the device's peak."""
+    seq = plan.stage.seq_len
+    config = student.config
+    kind = plan.name if plan.name in ("align", "distill", "long") else "pretrain"
+    uses_teacher = kind == "align" or plan.stage.kd_weight > 0
+    return {
+        "model": model_flops_per_token(config, seq, num_matmul_params=matmul_params(config)),
+        "useful": flops_per_token(
+            kind, config, teacher.config if teacher and uses_teacher else None, seq,
+            plan.stage.train,
+        ),
+        "peak": peak_flops(run.world.device, run.dtype, run.cfg.peak_flops),
+    }  # fmt: skip
+
+
+@contextmanager
+def open_profiler(run: Run):
+    """torch.profiler over steps 3 to 5 of each stage; a Chrome trace lands in the run's folder."""
+    from torch.profiler import profile, schedule
+
+    def save(prof) -> None:
+        if run.world.is_main:
+            prof.export_chrome_trace(str(run.folder / f"trace-{run.step}.json"))
+
+    with profile(schedule=schedule(wait=1, warmup=1, active=3), on_trace_ready=save) as prof:
+        yield prof
+
+
+def finish(run: Run) -> None:
+    """Close the log; all ranks leave together."""
+    barrier(run.world)
+    run.logger.close()
