@@ -45,8 +45,8 @@ def choose_device(name: str) -> torch.device:
     return torch.device(name)
 
 
-def start(device_name: str) -> World:
-    """Join torchrun's process group if there is one (gloo on CPU, nccl on CUDA)."""
+def this_process(device_name: str) -> World:
+    """Rank, ranks and device from the flags and torchrun's environment; touches neither."""
     device = choose_device(device_name)
     size = int(os.environ.get("WORLD_SIZE", "1"))
     if size == 1:
@@ -61,13 +61,21 @@ def start(device_name: str) -> World:
                 f"{torch.cuda.device_count()} GPUs"
             )
         device = torch.device("cuda", local)
-        torch.cuda.set_device(device)
-    backend = "nccl" if device.type == "cuda" else "gloo"
-    dist.init_process_group(
-        backend, timeout=timedelta(minutes=30),
-        device_id=device if device.type == "cuda" else None,
-    )  # fmt: skip
     return World(rank, size, device)
+
+
+def start(world: World) -> None:
+    """Join torchrun's process group if there is one (gloo on CPU, nccl on CUDA)."""
+    if world.device.type == "cuda":
+        torch.cuda.set_device(world.device)
+    if world.size == 1:
+        return
+    cuda = world.device.type == "cuda"
+    dist.init_process_group(
+        "nccl" if cuda else "gloo",
+        timeout=timedelta(minutes=30),
+        device_id=world.device if cuda else None,
+    )
 
 
 def stop() -> None:

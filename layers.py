@@ -93,7 +93,8 @@ class LayerCache:
         if window:
             if self.k is not None:
                 k, v = torch.cat([self.k, k], 1), torch.cat([self.v, v], 1)
-            self.k, self.v = k[:, -window:], v[:, -window:]
+            # Copies: views would hold on to the keys and values of a whole long prompt.
+            self.k, self.v = k[:, -window:].clone(), v[:, -window:].clone()
             self.length += new
             return k, v
         end = self.length + new
@@ -141,7 +142,7 @@ class ShortConvolution(nn.Module):
         for j in range(1, taps):
             past = padded[:, taps - 1 - j : taps - 1 - j + length] * weight[:, -1 - j]
             y = y + (past if positions is None else past * (positions >= j).unsqueeze(-1))
-        return y, padded[:, length:]
+        return y, padded[:, length:].clone()  # a view would hold on to a whole long prompt
 
 
 # ---- softmax attention
@@ -229,9 +230,10 @@ def softmax_attention(
         return out.transpose(1, 2)
     groups = q.shape[1] // k.shape[1]
     k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
-    scores = (q @ k.mT).float() * q.shape[-1] ** -0.5
+    scores = q @ k.mT
+    scores = scores.to(torch.promote_types(scores.dtype, torch.float32)) * q.shape[-1] ** -0.5
     scores = scores.masked_fill(~mask, -torch.inf)
-    column = sink.float()[None, :, None, None].expand(*scores.shape[:3], 1)
+    column = sink.to(scores.dtype)[None, :, None, None].expand(*scores.shape[:3], 1)
     weights = torch.cat([scores, column], -1).softmax(-1)[..., :-1]  # the sink has no value
     return (weights.to(v.dtype) @ v).transpose(1, 2)
 

@@ -12,9 +12,8 @@ import torch
 
 from cli import run_main
 from config import ModelConfig, PretrainConfig, UserError, parse_layers
-from corpus import resolve_data
-from data import TokenDataset, eval_batches
-from distributed import compile_blocks, main_first, start, stop
+from data import eval_batches
+from distributed import compile_blocks, main_first, start, stop, this_process
 from evaluate import PROMPTS, Evaluator, completions
 from hf import save_model
 from hybrid_layers import mixer_names
@@ -26,6 +25,7 @@ from trainer import (
     check_run_folder,
     compile_wanted,
     finish,
+    open_data,
     open_run,
     plan_stage,
     restore_weights,
@@ -73,17 +73,16 @@ def pretrain(cfg: PretrainConfig, argv: list[str]) -> None:
     tokenizer = load_tokenizer(spec)
     config = model_config(cfg, tokenizer.vocab_size, tokenizer.eos_token_id)
     check_run_folder(cfg)
-    world = start(cfg.device)
-    dtype = set_up_torch(cfg, world)
+    world = this_process(cfg.device)
     kernel = resolve_kernel(cfg.kernel, world.device)
-    data = main_first(world, lambda: resolve_data(cfg.data, tokenizer))
-    train_data = TokenDataset.open(data, "train")
-    train_data.check_tokenizer(tokenizer)
+    open_data(cfg, tokenizer)
+    start(world)
+    dtype = set_up_torch(cfg, world)
+    data, train_data, val_data = main_first(world, lambda: open_data(cfg, tokenizer, build=True))
     seq_len = cfg.context_len or 512
     held_out = eval_batches(
-        TokenDataset.open(data, "val"), seq_len=seq_len, max_tokens=cfg.eval_tokens,
-        doc_mask=cfg.doc_mask,
-    )  # fmt: skip
+        val_data, seq_len=seq_len, max_tokens=cfg.eval_tokens, doc_mask=cfg.doc_mask
+    )
 
     model = Transformer(config)
     model.init_weights()

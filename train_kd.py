@@ -19,9 +19,8 @@ import torch
 
 from cli import run_main
 from config import DistillConfig, StageConfig, UserError, parse_layers
-from corpus import resolve_data
 from data import PackedLoader, TokenDataset, eval_batches
-from distributed import World, choose_device, compile_blocks, main_first, start, stop
+from distributed import World, choose_device, compile_blocks, main_first, start, stop, this_process
 from evaluate import PROMPTS, Evaluator, completions, inputs, zeroed_attention
 from hf import fingerprint, load_model, read_config, save_model, tokenizer_spec
 from hybrid_layers import check_transfer, convert_config, convert_layers, mixer_parameters
@@ -36,6 +35,7 @@ from trainer import (
     check_run_folder,
     compile_wanted,
     finish,
+    open_data,
     open_run,
     plan_stage,
     restore_weights,
@@ -170,20 +170,15 @@ class Table:
 
 def distil(cfg: DistillConfig, argv: list[str]) -> None:
     layers, spec, convert = preflight(cfg)
-    names = cfg.stage_names()
-    world = start(cfg.device)
-    dtype = set_up_torch(cfg, world)
-    kernel = resolve_kernel(cfg.kernel, world.device)
     tokenizer = load_tokenizer(spec)
-    data = main_first(world, lambda: resolve_data(cfg.data, tokenizer))
-    train_data, val_data = TokenDataset.open(data, "train"), TokenDataset.open(data, "val")
-    train_data.check_tokenizer(tokenizer)
-    plans = []
-    for index, name in enumerate(names):
-        stage = getattr(cfg, name)
-        if cfg.epochs:
-            stage.tokens = max(1, int(cfg.epochs * train_data.num_tokens))
-        plans.append(plan_stage(cfg, name, stage, world, index))
+    names = cfg.stage_names()
+    world = this_process(cfg.device)
+    kernel = resolve_kernel(cfg.kernel, world.device)
+    plans = [plan_stage(cfg, n, getattr(cfg, n), world, i) for i, n in enumerate(names)]
+    open_data(cfg, tokenizer)
+    start(world)
+    dtype = set_up_torch(cfg, world)
+    data, train_data, val_data = main_first(world, lambda: open_data(cfg, tokenizer, build=True))
 
     teacher, student, shared = build_models(cfg, layers, convert, world, dtype)
     set_kernel(student, kernel)

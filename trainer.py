@@ -25,6 +25,7 @@ from torch import nn
 import checkpoint
 from cli import to_dict
 from config import StageConfig, TrainConfig, UserError
+from corpus import resolve_data
 from data import PackedLoader, TokenDataset
 from distributed import World, all_sum, barrier, main_says
 from flops import flops_per_token, matmul_params, mfu, model_flops_per_token, peak_flops
@@ -85,6 +86,17 @@ def set_up_torch(cfg: TrainConfig, world: World) -> torch.dtype:
     torch.manual_seed(cfg.seed)
     torch.set_float32_matmul_precision(cfg.matmul_precision)
     return compute_dtype(cfg.dtype, world.device)
+
+
+def open_data(cfg: TrainConfig, tokenizer, *, build: bool = False):
+    """(name, training split, held-out split) of --data, checked against the tokenizer. Without
+    `build` the embedded corpus is not made, and None is returned if it is not there yet."""
+    if cfg.data == "stdlib" and not build:
+        return None
+    data = resolve_data(cfg.data, tokenizer)
+    train, val = TokenDataset.open(data, "train"), TokenDataset.open(data, "val")
+    train.check_tokenizer(tokenizer)
+    return data, train, val
 
 
 def compile_wanted(cfg: TrainConfig, world: World) -> bool:
@@ -258,8 +270,8 @@ def stage_optimizer(plan: StagePlan, params: dict[str, nn.Parameter], world: Wor
     mixers = [n for n in params if ".linear_attn." in n]
     return build_optimizer(
         params.items(), lr=s.lr, mixer_lr=s.mixer_lr or None, mixer_params=mixers,
-        muon_lr=s.muon_lr or None, weight_decay=s.weight_decay, use_muon=s.use_muon, rank=world.rank,
-        world_size=world.size,
+        muon_lr=s.muon_lr or None, weight_decay=s.weight_decay, use_muon=s.use_muon,
+        rank=world.rank, world_size=world.size,
     )  # fmt: skip
 
 

@@ -144,7 +144,8 @@ def _chunk(q, k, v, g, beta, scale, initial_state, output_final_state, cu_seqlen
         x = F.pad(x, (0, 0) * (x.dim() - 3) + (0, pad))  # zero k and beta leave the state alone
         return x.reshape(batch, heads, n, size, *x.shape[3:])
 
-    q, k, v, g, beta = (chunked(x) for x in (q * scale, k, v, g, beta))
+    q, k, v, g, beta = (chunked(x) for x in (q, k, v, g, beta))
+    q = q * scale  # after the cast: bfloat16 would round it once more
     total = g.cumsum(-1)  # log decay since the chunk began, [B, H, n, C]
     last = total[..., -1:]
     causal = torch.ones(size, size, dtype=torch.bool, device=q.device).tril()

@@ -7,6 +7,10 @@ import importlib.util
 
 import torch
 
+from config import UserError
+
+from config import UserError
+
 
 @functools.cache
 def has_fla() -> bool:
@@ -16,11 +20,11 @@ def has_fla() -> bool:
 
 def resolve_kernel(kernel: str, device: torch.device) -> str:
     """The kernel that `kernel` means on `device`: auto is fla on CUDA where it is installed, else
-    our own chunked form. Raises ValueError for fla without CUDA or without the package."""
+    our own chunked form. Raises UserError for fla without CUDA or without the package."""
     if kernel == "auto":
         return "fla" if device.type == "cuda" and has_fla() else "chunk"
     if kernel == "fla" and not (device.type == "cuda" and has_fla()):
-        raise ValueError(
+        raise UserError(
             f"--kernel: fla found, but it needs CUDA (device is {device.type}) and the package "
             "flash-linear-attention; auto, chunk or naive expected"
         )

@@ -1,0 +1,110 @@
+"""Fixtures that many files use: a tiny teacher, a tiny data set, a way to call the scripts."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+TEXT = "the quick brown fox jumps over the lazy dog while {} red hens count {} eggs again. "
+
+
+def tiny_config(**changes):
+    """A 4-layer Llama-shaped config over bytes with grouped heads."""
+    from config import ModelConfig
+
+    fields = dict(
+        vocab_size=257, hidden_size=48, intermediate_size=96, num_hidden_layers=4,
+        num_attention_heads=4, num_key_value_heads=2, head_dim=16, qk_norm=False,
+        eos_token_id=256, tie_word_embeddings=True,
+    )  # fmt: skip
+    return ModelConfig(**{**fields, **changes})
+
+
+@pytest.fixture(scope="session")
+def tiny_data(tmp_path_factory) -> str:
+    """A folder of byte-level shards: 60 training and 12 held-out documents."""
+    from shards import ShardWriter
+    from tokenizer import load_tokenizer
+
+    folder = tmp_path_factory.mktemp("data") / "tiny"
+    tokenizer = load_tokenizer("byte")
+    for split, count, offset in (("train", 60, 0), ("val", 12, 1000)):
+        with ShardWriter(folder, split, tokenizer) as writer:
+            for i in range(count):
+                text = "".join(TEXT.format(i * 7 + j + offset, j) for j in range(1 + i % 4))
+                writer.add(tokenizer.encode(text))
+    return str(folder)
+
+
+@pytest.fixture(scope="session")
+def tiny_teacher(tmp_path_factory) -> str:
+    """A folder with a randomly initialised teacher over bytes."""
+    from hf import save_model
+    from model import Transformer
+
+    torch.manual_seed(11)
+    model = Transformer(tiny_config())
+    model.init_weights()
+    with torch.no_grad():  # larger weights: attention and logits far from uniform
+        for p in model.parameters():
+            if p.dim() == 2:
+                p.mul_(4)
+    folder = tmp_path_factory.mktemp("models") / "tiny"
+    save_model(model, folder, tokenizer_from="byte")
+    return str(folder)
+
+
+@pytest.fixture
+def refused(capsys):
+    """refused(script, *argv) -> the one line on stderr of a call that must exit with 2."""
+
+    def call(script: str, *argv: str) -> str:
+        with pytest.raises(SystemExit) as stop:
+            call_script(script, *argv)
+        err = capsys.readouterr().err
+        assert stop.value.code == 2, err
+        assert err.startswith("error: ") and err.count("\n") == 1, err
+        return err
+
+    return call
+
+
+def call_script(script: str, *argv: str) -> None:
+    """Run train.py or train_kd.py in this process."""
+    import cli
+    import config
+    import train
+    import train_kd
+
+    if script == "train":
+        cli.run_main(config.PretrainConfig, train.main, list(argv))
+    else:
+        cli.run_main(
+            config.DistillConfig, train_kd.main, list(argv), default_preset=train_kd.default_preset
+        )
+
+
+def run_python(*argv: str, ranks: int = 0, check: bool = True, **kwargs):
+    """A script as a user runs it: `python` or torchrun on `ranks` gloo ranks."""
+    launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
+    command = [sys.executable, *(launch if ranks else []), *argv]
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    result = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, **kwargs)
+    assert not check or result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
+    return result
+
+
+def metric_rows(run: str | Path, key: str = "loss") -> dict[int, float]:
+    """step -> value of `key` in a run's metrics.jsonl."""
+    lines = (Path(run) / "metrics.jsonl").read_text().splitlines()
+    rows = [json.loads(line) for line in lines]
+    found = [(r["step"], r[key]) for r in rows if key in r]
+    assert len(found) == len(dict(found)), "a step was logged twice"
+    return dict(found)

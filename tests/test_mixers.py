@@ -1,0 +1,288 @@
+"""Every linear mixer: its formula, causality, documents, decode, and the transfer of weights.
+
+A new mixer is one more entry of MIXERS; one with a reference elsewhere gets a test of its own.
+"""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+import torch.nn.functional as F
+from kit import assert_close_rms, gradients, randomise, rms_ratio, tiny_config, tiny_model
+from torch import nn
+
+from hybrid_layers import MIXERS, build_mixer, convert_config
+from layers import LayerCache, apply_rope
+from mixers.gated_deltanet import inverse_silu, inverse_softplus
+from model import Attention
+from ops.gated_delta_rule import naive_gated_delta_rule
+
+every_mixer = pytest.mark.parametrize("name", MIXERS)
+rope = pytest.mark.parametrize("rope", [False, True], ids=["", "rope"])
+BOUNDS = [0, 1, 3, 70, 95, 95]
+
+
+def make(name, *, length=0, cu_seqlens=None, dtype=torch.float64, **overrides):
+    """A random mixer, an input [1, T, d], and what stands where in it."""
+    model = tiny_model("L", mixer=[name], dtype=dtype, **overrides)
+    length = length or cu_seqlens[-1]
+    bounds = None if cu_seqlens is None else torch.tensor(cu_seqlens, dtype=torch.int32)
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(1, length, model.config.hidden_size, generator=generator, dtype=dtype)
+    return model.layers[0].linear_attn, x, model.seq_info(length, cu_seqlens=bounds), model
+
+
+def formula(mixer, x, seq):
+    """The module docstring's equations, with PyTorch's own convolution and RMSNorm."""
+
+    def short(what):
+        conv, projected = getattr(mixer, f"{what}_conv1d"), getattr(mixer, f"{what}_proj")(x)
+        padded = F.pad(projected.mT, (conv.weight.shape[-1] - 1, 0))
+        y = F.conv1d(padded, conv.weight, groups=conv.weight.shape[0]).mT
+        return F.silu(y).unflatten(-1, (-1, mixer.value_dim if what == "v" else mixer.key_dim))
+
+    q, k, v = short("q"), short("k"), short("v")
+    if mixer.rope:
+        q, k = apply_rope(q, seq.cos, seq.sin), apply_rope(k, seq.cos, seq.sin)
+    q, k = (t * (t.square().sum(-1, keepdim=True) + 1e-6).rsqrt() for t in (q, k))
+    groups = v.shape[2] // q.shape[2]
+    q, k = q.repeat_interleave(groups, 2), k.repeat_interleave(groups, 2)
+    g = -mixer.A_log.exp() * F.softplus(mixer.a_proj(x) + mixer.dt_bias)
+    o, _ = naive_gated_delta_rule(q, k, v, g, mixer.b_proj(x).sigmoid())
+    o = F.rms_norm(o, (mixer.value_dim,), mixer.o_norm.weight, mixer.o_norm.eps)
+    gate = F.silu(mixer.g_proj(x)).unflatten(-1, (-1, mixer.value_dim))
+    return mixer.o_proj((o * gate).flatten(-2))
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [
+        {},
+        {"linear_bias": True, "linear_rope": True},
+        {"linear_num_key_heads": 2, "linear_num_value_heads": 6, "linear_value_head_dim": 5},
+        {"linear_conv_kernel_dim": 1},
+    ],
+    ids=["plain", "bias+rope", "grouped", "no conv"],
+)
+@pytest.mark.parametrize("length", [1, 67])
+def test_gated_deltanet_is_its_formula(shape, length):
+    mixer, x, seq, _ = make("gated_deltanet", length=length, **shape)
+    actual, expected = mixer(x, seq), formula(mixer, x, seq)
+    assert_close_rms(actual, expected)
+    if length > 1:  # a single token has no decay to learn from
+        wanted = gradients(expected.square().sum(), mixer)
+        for what, gradient in gradients(actual.square().sum(), mixer).items():
+            assert_close_rms(gradient, wanted[what], 1e-8, what)
+
+
+@pytest.mark.parametrize("heads", [(4, 4), (2, 6)], ids=["equal heads", "more value heads"])
+def test_gated_deltanet_equals_transformers(heads):
+    qwen = pytest.importorskip("transformers.models.qwen3_5.modeling_qwen3_5")
+    from transformers import Qwen3_5TextConfig
+
+    shape = dict(
+        linear_num_key_heads=heads[0], linear_num_value_heads=heads[1], linear_key_head_dim=8,
+        linear_value_head_dim=16, linear_conv_kernel_dim=4, hidden_size=24, rms_norm_eps=1e-6,
+    )  # fmt: skip
+    mixer, x, seq, _ = make("gated_deltanet", length=67, dtype=torch.float32, **shape)
+    config = Qwen3_5TextConfig(
+        **shape, num_hidden_layers=1, layer_types=["linear_attention"], hidden_act="silu"
+    )
+    peer = qwen.Qwen3_5GatedDeltaNet(config, 0)
+    mine = {
+        "in_proj_qkv.weight": ("q_proj.weight", "k_proj.weight", "v_proj.weight"),
+        "conv1d.weight": ("q_conv1d.weight", "k_conv1d.weight", "v_conv1d.weight"),
+        "in_proj_z.weight": ("g_proj.weight",),
+        "in_proj_a.weight": ("a_proj.weight",),
+        "in_proj_b.weight": ("b_proj.weight",),
+        "out_proj.weight": ("o_proj.weight",),
+        "norm.weight": ("o_norm.weight",),
+        "A_log": ("A_log",),
+        "dt_bias": ("dt_bias",),
+    }
+    weights = dict(mixer.named_parameters())
+    assert sorted(n for names in mine.values() for n in names) == sorted(weights)
+    peer.load_state_dict({k: torch.cat([weights[n] for n in v]) for k, v in mine.items()})
+    actual, expected = mixer(x, seq), peer(x)
+    assert_close_rms(actual, expected)
+    wanted = gradients(expected.square().sum(), peer)
+    found = gradients(actual.square().sum(), mixer)
+    for key, names in mine.items():
+        assert_close_rms(torch.cat([found[n] for n in names]), wanted[key], what=key)
+
+
+@every_mixer
+@rope
+def test_strictly_causal_and_reaches_every_later_token(name, rope):
+    mixer, x, seq, _ = make(name, length=70, linear_rope=rope)
+    with torch.no_grad():
+        before = mixer(x, seq)
+        for t in (0, 1, 40, 63, 64, 69):
+            changed = x.clone()
+            changed[:, t] += 1
+            moved = (mixer(changed, seq) - before).abs().amax((0, 2))
+            assert t == 0 or moved[:t].max() < 1e-12, t
+            assert moved[t:].min() > 1e-9, t
+
+
+@every_mixer
+@rope
+def test_packed_documents_are_each_alone(name, rope):
+    mixer, x, seq, model = make(name, cu_seqlens=BOUNDS, linear_rope=rope)
+    alone = [
+        mixer(x[:, a:b], model.seq_info(b - a)) for a, b in itertools.pairwise(BOUNDS) if b > a
+    ]
+    actual, expected = mixer(x, seq), torch.cat(alone, 1)
+    assert_close_rms(actual, expected)
+    wanted = gradients(expected.square().sum(), mixer)
+    for what, gradient in gradients(actual.square().sum(), mixer).items():
+        assert_close_rms(gradient, wanted[what], what=what)
+
+
+@every_mixer
+@rope
+@pytest.mark.parametrize("prefill", [1, 2, 66])
+def test_prefill_and_decode_is_the_full_forward(name, rope, prefill):
+    mixer, x, seq, model = make(name, length=prefill + 9, linear_rope=rope)
+    cache, outs = LayerCache(), []
+    cuts = [0, prefill, *range(prefill + 1, prefill + 6), prefill + 9]  # four at once at the end
+    with torch.no_grad():
+        for a, b in itertools.pairwise(cuts):
+            assert cache.length == a
+            outs.append(mixer(x[:, a:b], model.seq_info(b - a, past=a), cache))
+        assert_close_rms(torch.cat(outs, 1), mixer(x, seq))
+
+
+@every_mixer
+def test_memory_does_not_grow_with_the_context(name):
+    held = []
+    for length in (5, 400):
+        mixer, x, seq, _ = make(name, length=length, dtype=torch.float32)
+        cache = LayerCache()
+        with torch.no_grad():
+            mixer(x, seq, cache)
+        tensors = [cache.state, *cache.conv.values()]
+        # Of the storage, since a view of a few rows keeps all of it.
+        held.append(sum(t.untyped_storage().nbytes() for t in tensors))
+        assert cache.num_bytes() == held[-1]
+        assert cache.state.dtype == torch.float32
+    assert held[0] == held[1] > 0
+
+
+@every_mixer
+def test_bfloat16_autocast_stays_near_float32(name):
+    mixer, x, seq, _ = make(name, length=67, dtype=torch.float32)
+    expected = mixer(x, seq)
+    with torch.autocast("cpu", torch.bfloat16):
+        actual = mixer(x, seq)
+    assert actual.dtype == torch.bfloat16
+    assert_close_rms(actual, expected)
+    gradients(actual.float().square().sum(), mixer)
+
+
+@every_mixer
+def test_init_weights_leaves_nothing_unset(name):
+    with torch.device("meta"):
+        mixer = build_mixer(name, tiny_config("L", mixer=[name], linear_bias=True))
+    mixer.to_empty(device="cpu")
+    for p in mixer.parameters():
+        nn.init.constant_(p, torch.nan)
+    torch.manual_seed(0)
+    mixer.init_weights()
+    for what, p in mixer.named_parameters():
+        assert p.isfinite().all(), what
+
+
+# ---- transfer
+
+
+def converted(name, **overrides):
+    """A random softmax layer and a mixer that was poisoned, then transferred from it."""
+    config = tiny_config("F", **overrides)
+    attention = randomise(Attention(config, 0), seed=3)
+    new = convert_config(config, [0], name)
+    mixer = build_mixer(name, new)
+    for p in mixer.parameters():
+        nn.init.constant_(p, torch.nan)
+    mixer.from_attention(attention)
+    return attention, mixer, new
+
+
+TEACHERS = {
+    "gqa": {"qk_norm": False},
+    "mha": {"num_key_value_heads": 4, "qk_norm": False},
+    "mqa + bias": {"num_key_value_heads": 1, "attention_bias": True, "qk_norm": False},
+    "q/k-norm": {"qk_norm": True},
+    "q/k-norm + bias": {"attention_bias": True, "qk_norm": True},
+}
+
+
+@every_mixer
+@pytest.mark.parametrize("teacher", TEACHERS.values(), ids=TEACHERS)
+def test_from_attention_keeps_q_k_v_of_every_head(name, teacher):
+    attention, mixer, config = converted(name, **teacher)
+    for what, p in mixer.named_parameters():
+        assert p.isfinite().all(), f"{what} was left unset"
+    x = torch.randn(1, 9, config.hidden_size, generator=torch.Generator().manual_seed(0))
+    groups = config.num_attention_heads // config.num_key_value_heads
+    for what, theirs, mine in zip("qkv", attention.project(x), mixer.qkv(x), strict=True):
+        norm = getattr(attention, f"{what}_norm", None)
+        theirs = theirs if norm is None else theirs * norm.weight
+        for head in range(config.num_attention_heads):
+            of = head if what == "q" else head // groups
+            assert_close_rms(mine[:, :, head], theirs[:, :, of], 1e-6, f"{what} of head {head}")
+    assert torch.equal(mixer.o_proj.weight, attention.o_proj.weight)
+
+
+@every_mixer
+def test_from_attention_of_bfloat16_without_bias_into_biases(name):
+    """A linear layer may have biases where the softmax layer has none: they become zero."""
+    config = tiny_config("F")
+    attention = randomise(Attention(config, 0)).bfloat16()
+    mixer = build_mixer(name, tiny_config("L", mixer=[name], linear_bias=True))
+    mixer.from_attention(attention)
+    assert all(not p.any() for n, p in mixer.named_parameters() if n.endswith("proj.bias"))
+    assert all(p.dtype == torch.float32 for p in mixer.parameters())
+
+
+@every_mixer
+def test_from_attention_refuses_other_shapes(name):
+    attention = Attention(tiny_config("F"), 0)
+    for shape in ({"linear_num_value_heads": 8}, {"linear_value_head_dim": 6}):
+        mixer = build_mixer(name, tiny_config("L", mixer=[name], **shape))
+        with pytest.raises(ValueError, match="from_attention"):
+            mixer.from_attention(attention)
+
+
+@every_mixer
+def test_calibrate_lowers_the_error(name):
+    attention, mixer, _ = converted(name)
+    model = tiny_model("F", dtype=torch.float32)
+    generator = torch.Generator().manual_seed(0)
+    # A mean away from zero, as hidden states have, lets one row of the gate be near constant.
+    x = torch.randn(2, 200, 24, generator=generator) + torch.randn(24, generator=generator)
+    seq = model.seq_info(100)
+
+    def error(part):
+        target = attention(x[:, part], seq)
+        return rms_ratio(mixer(x[:, part], seq), target)
+
+    train, fresh = slice(0, 100), slice(100, 200)
+    before = error(train), error(fresh)
+    with torch.no_grad():
+        returned = mixer.calibrate(x[:, train], attention(x[:, train], seq), seq)
+    after = error(train), error(fresh)
+    assert abs(returned - after[0]) < 1e-3
+    assert after[0] < before[0] - 0.05
+    assert after[1] < before[1] - 0.05
+    gate = F.silu(mixer.g_proj(x))
+    assert 0.7 < gate.mean() < 1.2
+
+
+def test_inverses():
+    y = torch.tensor([1e-3, 0.1, 1.0, 20.0], dtype=torch.float64)
+    torch.testing.assert_close(F.softplus(inverse_softplus(y)), y)
+    for value in (0.05, 1.0, 7.0):
+        assert abs(F.silu(torch.tensor(inverse_silu(value), dtype=torch.float64)) - value) < 1e-12
