@@ -112,6 +112,10 @@ class ModelConfig:
         scaling = (self.rope_scaling or {}).get("rope_type", "default")
         if scaling not in ("default", "llama3"):
             raise UserError(f"rope_scaling: type '{scaling}' found, default or llama3 expected")
+        for name in ("factor", "low_freq_factor", "high_freq_factor",
+                     "original_max_position_embeddings"):  # fmt: skip
+            if scaling == "llama3" and name not in self.rope_scaling:
+                raise UserError(f"rope_scaling: no {name} found, llama3 needs it")
 
     def mixer_name(self, layer: int) -> str:
         """Name of the linear mixer of block `layer` (which must be linear)."""
@@ -150,6 +154,9 @@ class StageConfig(Recipe):
     batch_tokens: int = opt(49_152, "tokens per optimizer step over all ranks", low=8)
     micro_batch: int = opt(0, "rows per micro-batch and rank; 0 = up to 32768 tokens", low=0)
     mixer_lr: float = opt(0.0, "peak learning rate of the mixers; 0 = lr", low=0.0)
+    unique_tokens: int = opt(
+        0, "align: cycle through so many tokens, keeping the teacher's outputs; 0 = off", low=0
+    )
     train: str = opt("all", "what is trained", choices=("all", "mixers"))
     loss: str = opt(
         "forward_kl", "distillation loss", choices=("forward_kl", "reverse_kl", "js", "mse")
@@ -223,6 +230,7 @@ class TrainConfig:
     log_every: int = opt(1, "steps between console lines", low=1)
     eval_every: int = opt(0, "steps between evaluations; 0 = at stage ends only", low=0)
     eval_tokens: int = opt(65_536, "held-out tokens per evaluation", low=8)
+    eval_seq_len: int = opt(0, "tokens per held-out row; 0 = as in the last stage", low=0)
     sample_tokens: int = opt(32, "tokens of each sample completion; 0 = no samples", low=0)
     run: str = opt("", "name of the run; empty = script and time")
     save_model: bool = opt(True, "write checkpoints and the final model")

@@ -41,9 +41,12 @@ DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch
 
 def _read_json(path: Path) -> dict:
     try:
-        return json.loads(path.read_text())
-    except json.JSONDecodeError as e:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as e:  # not JSON, or not even UTF-8
         raise UserError(f"{path}: not JSON ({e})") from None
+    if not isinstance(value, dict):
+        raise UserError(f"{path}: a {type(value).__name__} found, an object expected")
+    return value
 
 
 def read_config(folder: str | Path) -> ModelConfig:
@@ -58,6 +61,8 @@ def read_config(folder: str | Path) -> ModelConfig:
             f"{path}: model_type '{kind}' found, one of {', '.join(MODEL_TYPES)} expected"
         )
     if kind == "retort":
+        if not isinstance(raw.get("retort"), dict):
+            raise UserError(f"{path}: no field 'retort' found, the model's shape expected in it")
         known = {f.name for f in dataclasses.fields(ModelConfig)}
         extra = set(raw["retort"]) - known
         if extra:
@@ -154,7 +159,10 @@ def read_weights(folder: str | Path) -> dict[str, Tensor]:
     folder = Path(folder)
     index = folder / "model.safetensors.index.json"
     if index.is_file():
-        files = sorted(set(_read_json(index)["weight_map"].values()))
+        names = _read_json(index).get("weight_map")
+        if not names:
+            raise UserError(f"{index}: no weight_map found")
+        files = sorted(set(names.values()))
     else:
         files = ["model.safetensors"]
     tensors = {}

@@ -58,13 +58,20 @@ def convert_config(
     for i, kind in enumerate(kinds):
         if kind == "linear_attention":
             names.append(next(new) if i in layers else next(old))
-    return dataclasses.replace(
+    student = dataclasses.replace(
         config, layer_types=kinds, mixer=names,
         linear_num_key_heads=config.num_attention_heads,
         linear_num_value_heads=config.num_attention_heads,
         linear_key_head_dim=config.head_dim, linear_value_head_dim=config.head_dim,
         linear_bias=config.attention_bias, linear_rope=linear_rope,
     )  # fmt: skip
+    for name, value in dataclasses.asdict(config).items():
+        if config.mixer and name.startswith("linear_") and getattr(student, name) != value:
+            raise UserError(
+                f"--teacher: its linear layers have {name} {value}, new ones need "
+                f"{getattr(student, name)}, and all must be alike"
+            )
+    return student
 
 
 def convert_layers(

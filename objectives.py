@@ -18,6 +18,7 @@ from data import Batch
 from distributed import World, parallelize, sum_gradients
 from evaluate import inputs
 from hybrid_layers import mixer_parameters
+from layers import SeqInfo
 from losses import align_loss, ce_head, kd_head
 from model import Transformer
 from optimizer import clip_grad_norm
@@ -91,22 +92,32 @@ class AlignObjective:
     One teacher pass; each layer's backward runs as soon as its target is known, so memory is that
     of one layer. Layers do not influence each other: gradients are clipped per mixer. Never
     under DDP, whose hooks a direct call of the mixers would bypass without an error.
+
+    keep: hold the teacher's inputs and outputs of every row in bfloat16, for stages that see the
+    same rows several times (`unique_tokens`) where the teacher is what costs.
     """
 
-    def __init__(self, student: Transformer, teacher: Transformer, layers: list[int],
-                 world: World):  # fmt: skip
+    def __init__(
+        self,
+        student: Transformer,
+        teacher: Transformer,
+        layers: list[int],
+        world: World,
+        *,
+        keep: bool = False,
+    ):
         self.student, self.teacher, self.layers, self.world = student, teacher, layers, world
         self.params = {
             n: p for n, p in mixer_parameters(student, layers).items() if p.requires_grad
         }
+        self.held: dict[int, dict[int, tuple[Tensor, Tensor]]] | None = {} if keep else None
 
     def backward(self, batches: list[Batch], count: Tensor) -> dict[str, Tensor]:
         """As HeadObjective.backward; `count` is not used: every token has a target."""
         tokens = self.world.size * len(batches) * batches[0].input_ids.numel()
         sums: dict[str, Tensor] = {}
         for batch in batches:
-            taps = self.teacher.attention_taps(**inputs(batch), layers=self.layers)
-            for i, normed, target, seq in no_grad_iter(taps):
+            for i, normed, target, seq in no_grad_iter(self._taps(batch)):
                 out = self.student.layers[i].linear_attn(normed, seq)
                 loss = align_loss(out, target, normalizer=tokens)
                 loss.backward()
@@ -115,6 +126,34 @@ class AlignObjective:
         sum_gradients(self.params.values(), self.world)
         sums["loss"] = sum(sums.values()) / len(self.layers)
         return sums
+
+    def _taps(self, batch: Batch) -> Iterator[tuple[int, Tensor, Tensor, SeqInfo]]:
+        """(layer, input, target, seq): from the teacher, or from what was kept of it."""
+        if self.held is None:
+            yield from self.teacher.attention_taps(**inputs(batch), layers=self.layers)
+            return
+        rows = [self.held.get(row) for row in batch.sample_ids]
+        dtype = self.teacher.embed_tokens.weight.dtype
+        shape = (*batch.input_ids.shape, -1)
+        if None not in rows:
+            seq = self.student.seq_info(
+                shape[1], positions=batch.position_ids, cu_seqlens=batch.cu_seqlens,
+                max_seqlen=batch.max_seqlen, dtype=dtype,
+            )  # fmt: skip
+            for i in self.layers:
+                x, y = (torch.cat([row[i][k] for row in rows]).view(shape) for k in (0, 1))
+                yield i, x.to(dtype), y.to(dtype), seq
+            return
+        new: list[dict] = [{} for _ in rows]
+        taps = self.teacher.attention_taps(**inputs(batch), layers=self.layers)
+        for i, x, y, seq in taps:
+            # Rounded also the first time, or a resumed run would differ from an uninterrupted one.
+            x, y = x.bfloat16(), y.bfloat16()
+            parts = (t.reshape(len(rows), -1, t.shape[-1]) for t in (x, y))
+            for row, a, b in zip(new, *parts, strict=True):
+                row[i] = (a.clone(), b.clone())
+            yield i, x.to(dtype), y.to(dtype), seq
+        self.held.update(zip(batch.sample_ids, new, strict=True))
 
     def clip(self, max_norm: float) -> Tensor:
         """Clip every mixer by itself; returns the largest norm."""

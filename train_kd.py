@@ -180,6 +180,9 @@ def distil(cfg: DistillConfig, argv: list[str]) -> None:
     dtype = set_up_torch(cfg, world)
     data, train_data, val_data = main_first(world, lambda: open_data(cfg, tokenizer, build=True))
 
+    for plan in plans:
+        if cfg.epochs:
+            plan.set_tokens(int(cfg.epochs * train_data.num_tokens), cfg.max_steps)
     teacher, student, shared = build_models(cfg, layers, convert, world, dtype)
     set_kernel(student, kernel)
     identity = run_identity(cfg, layers, convert, plans, train_data, dtype)
@@ -204,7 +207,7 @@ def distil(cfg: DistillConfig, argv: list[str]) -> None:
 
     table = Table(run)
     held_out = eval_batches(
-        val_data, seq_len=plans[-1].stage.seq_len, max_tokens=cfg.eval_tokens,
+        val_data, seq_len=cfg.eval_seq_len or plans[-1].stage.seq_len, max_tokens=cfg.eval_tokens,
         doc_mask=cfg.doc_mask,
     )  # fmt: skip
     first = min(layers) if shared else 0
@@ -221,7 +224,8 @@ def distil(cfg: DistillConfig, argv: list[str]) -> None:
             continue
         set_trainable(student, plan.stage)
         if plan.name == "align":
-            objective = AlignObjective(student, teacher, layers, world)
+            keep = bool(plan.stage.unique_tokens)
+            objective = AlignObjective(student, teacher, layers, world, keep=keep)
         else:
             objective = HeadObjective(student, teacher, plan.stage, world, first)
         train_stage(

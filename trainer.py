@@ -18,6 +18,7 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
 import torch
 import yaml
 from torch import nn
@@ -26,7 +27,7 @@ import checkpoint
 from cli import to_dict
 from config import StageConfig, TrainConfig, UserError
 from corpus import resolve_data
-from data import PackedLoader, TokenDataset
+from data import PackedLoader, TokenDataset, permuted_index
 from distributed import World, all_sum, barrier, main_says
 from flops import flops_per_token, matmul_params, mfu, model_flops_per_token, peak_flops
 from layers import sdpa_priority
@@ -225,6 +226,11 @@ class StagePlan:
     micro_batch: int  # rows per micro-batch and rank
     seed: int
 
+    def set_tokens(self, tokens: int, max_steps: int) -> None:
+        """Give the stage another length."""
+        self.stage.tokens = max(1, tokens)
+        self.steps = self.stage.steps(max_steps)
+
     def line(self, world: World) -> str:
         s = self.stage
         count = self.rows // (self.micro_batch * world.size)
@@ -312,9 +318,14 @@ def train_stage(
 ) -> None:  # fmt: skip
     """Run one stage to its end, or the rest of it after a resume."""
     cfg, world, stage = run.cfg, run.world, plan.stage
+    select = None
+    if stage.unique_tokens:
+        n = data.num_rows(stage.seq_len)
+        count = min(n, max(1, stage.unique_tokens // stage.seq_len))
+        select = permuted_index(np.arange(count), n, plan.seed, 0)
     loader = PackedLoader(
-        data, seq_len=stage.seq_len, rows_per_step=plan.rows, micro_batch=plan.micro_batch,
-        rank=world.rank, world_size=world.size, seed=plan.seed, doc_mask=cfg.doc_mask,
+        data, seq_len=stage.seq_len, select=select, rows_per_step=plan.rows,
+        micro_batch=plan.micro_batch, rank=world.rank, world_size=world.size, seed=plan.seed, doc_mask=cfg.doc_mask,
     )  # fmt: skip
     optimizer = stage_optimizer(plan, objective.params, world)
     start = 0

@@ -24,7 +24,7 @@ from ops.kernels import resolve_kernel
 
 # SiLU(x) is near x / 2 for small x; the L2 norm (q, k) and the RMSNorm (v) take the scale out.
 QK_TAP = 0.03
-V_TAP = 0.2
+V_TAP = 0.05
 GATE = 1.0  # the value that SiLU(W_g x) is fitted to
 DECAY_TOKENS = (4.0, 256.0)  # e-folding times of the first and the last head
 

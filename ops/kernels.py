@@ -9,8 +9,6 @@ import torch
 
 from config import UserError
 
-from config import UserError
-
 
 @functools.cache
 def has_fla() -> bool:

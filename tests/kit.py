@@ -1,4 +1,4 @@
-"""What the tests share: the tolerance table, random tiny models, shards of random documents.
+"""What the tests share: the tolerance table, random tiny models, gradients by name.
 
 Tolerances are RMS-error ratios. Everything random is seeded here, so a failure can be repeated.
 """
@@ -41,9 +41,7 @@ def tiny_config(kinds: str = "FF", **overrides) -> ModelConfig:
         num_key_value_heads=2, head_dim=8, sliding_window=5 if "S" in kinds else 0,
     )  # fmt: skip
     shape |= overrides
-    return ModelConfig(
-        num_hidden_layers=len(kinds), layer_types=[names[k] for k in kinds], **shape
-    )
+    return ModelConfig(num_hidden_layers=len(kinds), layer_types=[names[k] for k in kinds], **shape)
 
 
 @torch.no_grad()

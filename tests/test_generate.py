@@ -1,0 +1,123 @@
+"""Generation: greedy, stopping, sampling, and the command."""
+
+from __future__ import annotations
+
+import sys
+
+import pytest
+import torch
+from kit import logits, random_ids, tiny_model
+
+import generate as script
+from config import UserError
+from generate import generate, pick
+from hf import save_model
+
+
+@pytest.mark.parametrize("kinds", ["LFS", "LL", "F"])
+@pytest.mark.parametrize("prompt", [1, 4, 66])
+def test_greedy_is_the_argmax_of_full_forwards(kinds, prompt):
+    model = tiny_model(kinds, tie_word_embeddings=False)  # tied, it would repeat its input
+    ids = random_ids(model, prompt).tolist()
+    new = generate(model, ids, 12)
+    assert len(new) == 12
+    for i, token in enumerate(new):
+        expected = logits(model, torch.tensor([ids + new[:i]]))[0, -1].argmax()
+        assert token == expected, i
+    assert len(set(new)) > 1
+
+
+def test_lengths_and_empty_prompt():
+    model = tiny_model("LF")
+    assert generate(model, [1], 0) == []
+    assert len(generate(model, [1], 1)) == 1
+    with pytest.raises(UserError, match="prompt"):
+        generate(model, [], 3)
+
+
+def test_stops_after_eos():
+    model = tiny_model("LFS")
+    ids = random_ids(model, 4).tolist()
+    free = generate(model, ids, 12)
+    eos = free[5]
+    assert generate(model, ids, 12, eos=eos) == free[: free.index(eos) + 1]
+
+
+def test_sampling_repeats_with_the_seed_only():
+    model = tiny_model("LF", dtype=torch.float32)
+    ids = random_ids(model, 4).tolist()
+
+    def sample(seed, **kwargs):
+        generator = torch.Generator().manual_seed(seed)
+        return generate(model, ids, 20, generator=generator, **kwargs)
+
+    first = sample(1, temperature=1.0)
+    assert sample(1, temperature=1.0) == first
+    assert sample(2, temperature=1.0) != first
+    greedy = generate(model, ids, 20)
+    assert sample(1, temperature=1e-4) == greedy
+    assert sample(1, temperature=1.0, top_p=1e-6) == greedy
+    assert first != greedy
+
+
+def test_pick_follows_temperature_and_top_p():
+    probs = torch.tensor([0.05, 0.5, 0.15, 0.3])
+    generator = torch.Generator().manual_seed(0)
+
+    def shares(temperature, top_p):
+        tokens = [pick(probs.log(), temperature, top_p, generator) for _ in range(4000)]
+        return torch.bincount(torch.tensor(tokens), minlength=4) / 4000
+
+    assert pick(probs.log(), 0, 1.0, None) == 1
+    assert (shares(1.0, 1.0) - probs).abs().max() < 0.03
+    flat = probs.sqrt() / probs.sqrt().sum()
+    assert (shares(2.0, 1.0) - flat).abs().max() < 0.03
+    # .5 + .3 reach .79: the other two are out, and the rest keeps its proportions.
+    assert (shares(1.0, 0.79) - torch.tensor([0, 5 / 8, 0, 3 / 8])).abs().max() < 0.03
+    assert shares(1.0, 0.81)[2] > 0.1
+
+
+@pytest.fixture
+def folder(tmp_path):
+    model = tiny_model("LF", dtype=torch.bfloat16, vocab_size=257, eos_token_id=256)
+    save_model(model, tmp_path / "m", tokenizer_from="byte")
+    return str(tmp_path / "m")
+
+
+@pytest.mark.parametrize("flags", [[], ["--temperature", "1"], ["--chat", "--top_p", "0.5"]])
+def test_command(folder, flags, capsys):
+    script.main([folder, "ab c", "--max_new_tokens", "5", "--device", "cpu", *flags])
+    out = capsys.readouterr().out
+    assert out.startswith("ab c")
+    assert len(out.strip()) > 4
+
+
+def test_chat_encodes_control_tokens_as_such(folder, monkeypatch):
+    """The prompt of --chat holds <|im_start|>, which must not be spelled out in pieces."""
+    asked = []
+
+    class Spy:
+        eos_token_id = 256
+
+        def encode(self, text, *, special_tokens=False):
+            asked.append((text, special_tokens))
+            return [5]
+
+        def decode(self, ids):
+            return ""
+
+    monkeypatch.setattr(script, "load_tokenizer", lambda spec: Spy())
+    for flags in ([], ["--chat"]):
+        script.main([folder, "hi", "--max_new_tokens", "1", "--device", "cpu", *flags])
+    assert asked[0] == ("hi", False)
+    text, special = asked[1]
+    assert special and text.startswith("<|im_start|>user\nhi<|im_end|>\n")
+
+
+def test_command_refuses_in_one_line(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["generate.py"])
+    with pytest.raises(SystemExit) as stop:
+        script.main([str(tmp_path / "nowhere"), "hi", "--device", "cpu"])
+    err = capsys.readouterr().err
+    assert stop.value.code == 2
+    assert err.startswith("error: ") and err.count("\n") == 1 and "nowhere" in err

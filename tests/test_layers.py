@@ -1,0 +1,286 @@
+"""RMSNorm, RoPE, short convolution, the softmax-attention paths, and the cache."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+import torch.nn.functional as F
+from kit import TOLERANCE, assert_close_rms, tiny_config
+
+from layers import (
+    LayerCache,
+    RMSNorm,
+    SeqInfo,
+    ShortConvolution,
+    apply_rope,
+    attention_kernel,
+    causal_mask,
+    rope_frequencies,
+    softmax_attention,
+)
+
+BOUNDS = [0, 1, 3, 20, 27, 27]
+WINDOWS = (0, 2, 5, 100)
+
+
+def randn(*shape, seed=0, dtype=torch.float64):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(*shape, generator=generator, dtype=dtype)
+
+
+def sequence(length, bounds=None, *, masked=False):
+    """A SeqInfo for softmax_attention alone: documents, but no rotations."""
+    zero = torch.zeros(1, length, 1, 1)
+    if bounds is None:
+        return SeqInfo(torch.arange(length)[None], zero, zero)
+    cu_seqlens = torch.tensor(bounds, dtype=torch.int32)
+    doc = torch.searchsorted(cu_seqlens, torch.arange(length), right=True)
+    return SeqInfo(
+        (torch.arange(length) - cu_seqlens[doc - 1])[None], zero, zero, cu_seqlens, length,
+        tuple(b - a for a, b in itertools.pairwise(bounds) if b > a),
+        doc[:, None] == doc[None] if masked else None,
+    )  # fmt: skip
+
+
+def make_qkv(length, *, batch=1, dtype=torch.float64, seed=0):
+    """q [B, T, 6, 8] and k, v [B, T, 2, 8]."""
+    shapes = ((batch, length, h, 8) for h in (6, 2, 2))
+    return [randn(*s, seed=seed + i, dtype=dtype).requires_grad_() for i, s in enumerate(shapes)]
+
+
+def attend(q, k, v, window=0, sink=None):
+    """By the definition, one query at a time; the sink as out * sigmoid(lse - s)."""
+    rows = []
+    groups = q.shape[2] // k.shape[2]
+    k, v = k.repeat_interleave(groups, 2), v.repeat_interleave(groups, 2)
+    for t in range(q.shape[1]):
+        first = max(0, t + 1 - window) if window else 0
+        scores = torch.einsum("bhd,bshd->bhs", q[:, t], k[:, first : t + 1]) / q.shape[-1] ** 0.5
+        out = torch.einsum("bhs,bshd->bhd", scores.softmax(-1), v[:, first : t + 1])
+        if sink is not None:
+            out = out * (scores.logsumexp(-1) - sink).sigmoid()[..., None]
+        rows.append(out)
+    return torch.stack(rows, 1)
+
+
+def compare(actual, expected, inputs, tol=None):
+    """Values, and the gradients of a random function of them."""
+    assert_close_rms(actual, expected, tol)
+    weight = randn(*actual.shape, seed=9)
+    grads = [torch.autograd.grad((x.double() * weight).sum(), inputs) for x in (actual, expected)]
+    for i, (a, b) in enumerate(zip(*grads, strict=True)):
+        assert_close_rms(a, b, tol, f"gradient of input {i}")
+
+
+# ---- norm and positions
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+def test_rms_norm_equals_torch(dtype):
+    norm = RMSNorm(10, 1e-3).double()
+    with torch.no_grad():
+        norm.weight.copy_(randn(10))
+    x = (0.02 * randn(3, 7, 10)).to(dtype).requires_grad_()  # small, so that eps matters
+    actual = norm(x)
+    assert actual.dtype == dtype
+    expected = F.rms_norm(x.double(), (10,), norm.weight.double(), 1e-3)
+    compare(actual, expected, [x, norm.weight], TOLERANCE[dtype])
+
+
+def llama3(factor):
+    return {
+        "rope_type": "llama3", "factor": factor, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 64,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("theta", [1e4, 5e5])
+@pytest.mark.parametrize("factor", [8.0, 32.0])
+def test_llama3_rope_equals_transformers(theta, factor):
+    pytest.importorskip("transformers")
+    from transformers import LlamaConfig
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    config = tiny_config(head_dim=64, rope_theta=theta, rope_scaling=llama3(factor))
+    peer = LlamaConfig(
+        head_dim=64, rope_parameters={**llama3(factor), "rope_theta": theta},
+        max_position_embeddings=4096,
+    )  # fmt: skip
+    expected, scale = ROPE_INIT_FUNCTIONS["llama3"](peer, "cpu")
+    assert scale == 1.0
+    actual = rope_frequencies(config)
+    torch.testing.assert_close(actual, expected)
+    plain = rope_frequencies(tiny_config(head_dim=64, rope_theta=theta))
+    kept, slowed = (actual == plain).sum(), (actual == plain / factor).sum()
+    assert kept > 0 and slowed > 0 and kept + slowed < 32, "all three regimes must occur"
+
+
+def test_apply_rope_rotates_pairs_half_a_head_apart():
+    config = tiny_config(head_dim=8)
+    positions = torch.tensor([0, 1, 7])
+    angles = positions[:, None] * rope_frequencies(config).double()
+    x = randn(1, 3, 2, 8)
+    actual = apply_rope(x, angles.cos()[None, :, None], angles.sin()[None, :, None])
+    pairs = torch.complex(x[..., :4], x[..., 4:]) * torch.exp(1j * angles)[None, :, None]
+    assert_close_rms(actual, torch.cat([pairs.real, pairs.imag], -1))
+
+
+# ---- short convolution
+
+
+def make_conv(taps):
+    conv = ShortConvolution(5, taps).double()
+    torch.nn.init.normal_(conv.weight, generator=torch.Generator().manual_seed(2))
+    return conv
+
+
+@pytest.mark.parametrize("taps", [1, 2, 4])
+@pytest.mark.parametrize("length", [1, 2, 33])
+def test_short_convolution_equals_conv1d(taps, length):
+    conv, x = make_conv(taps), randn(2, length, 5).requires_grad_()
+    y, state = conv(x, None)
+    expected = F.conv1d(F.pad(x.mT, (taps - 1, 0)), conv.weight, groups=5).mT
+    compare(y, expected, [x, conv.weight])
+    assert state.shape == (2, taps - 1, 5)
+
+
+@pytest.mark.parametrize("taps", [1, 4])
+def test_short_convolution_carries_its_state(taps):
+    """Also in pieces shorter than the state."""
+    conv, x = make_conv(taps), randn(2, 17, 5)
+    outs, state = [], None
+    for a, b in itertools.pairwise((0, 1, 2, 4, 11, 17)):
+        y, state = conv(x[:, a:b], None, state)
+        outs.append(y)
+    assert_close_rms(torch.cat(outs, 1), conv(x, None)[0])
+
+
+def test_short_convolution_stops_at_documents():
+    conv, x = make_conv(4), randn(1, 27, 5).requires_grad_()
+    y, _ = conv(x, sequence(27, BOUNDS).positions)
+    alone = [conv(x[:, a:b], None)[0] for a, b in itertools.pairwise(BOUNDS) if b > a]
+    compare(y, torch.cat(alone, 1), [x, conv.weight])
+
+
+# ---- softmax attention
+
+
+@pytest.mark.parametrize("window", WINDOWS)
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+def test_attention_is_its_definition(window, dtype):
+    inputs = make_qkv(27, batch=2, dtype=dtype)
+    actual = softmax_attention(*inputs, sequence(27), window=window)
+    assert actual.dtype == dtype
+    compare(actual, attend(*(x.double() for x in inputs), window=window), inputs)
+
+
+@pytest.mark.parametrize("window", [1, 5, 64])
+def test_window_is_hugging_faces(window):
+    pytest.importorskip("transformers")
+    from transformers.masking_utils import sliding_window_causal_mask_function
+
+    allowed = sliding_window_causal_mask_function(window)
+    for length in (1, 5, 6, 70):
+        time = torch.arange(length)
+        expected = allowed(0, 0, time[:, None], time[None])
+        assert torch.equal(causal_mask(length, length, window, "cpu"), expected.expand(length, -1))
+
+
+@pytest.mark.parametrize("window", WINDOWS)
+@pytest.mark.parametrize("sink", [False, True])
+def test_prefix_does_not_change_with_the_length(window, sink):
+    inputs = [x.detach() for x in make_qkv(27)]
+    sink = randn(6) if sink else None
+    whole = softmax_attention(*inputs, sequence(27), window=window, sink=sink)
+    for n in range(1, 27):
+        part = (x[:, :n] for x in inputs)
+        alone = softmax_attention(*part, sequence(n), window=window, sink=sink)
+        assert_close_rms(alone, whole[:, :n])
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("window", [0, 4])
+@pytest.mark.parametrize("packed", [False, True])
+def test_sink_is_the_output_times_a_sigmoid(dtype, window, packed):
+    """The reference is autograd's, through the log-sum-exp, which SDPA's own lacks."""
+    inputs = [*make_qkv(27, dtype=dtype), (2 * randn(6, seed=5)).requires_grad_()]
+    bounds = BOUNDS if packed else [0, 27]
+    seq = sequence(27, BOUNDS, masked=True) if packed else sequence(27)
+    actual = softmax_attention(*inputs[:3], seq, window=window, sink=inputs[3])
+    double = [x.double() for x in inputs]
+    expected = torch.cat(
+        [
+            attend(*(x[:, a:b] for x in double[:3]), window=window, sink=double[3])
+            for a, b in itertools.pairwise(bounds)
+            if b > a
+        ],
+        1,
+    )
+    compare(actual, expected, inputs, TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("window", WINDOWS)
+@pytest.mark.parametrize("compiled", [False, True], ids=["segments", "masked"])
+def test_packed_documents_are_each_alone(window, compiled):
+    inputs = make_qkv(27)
+    kernel = attention_kernel(
+        torch.device("cpu"), torch.float64, packed=True, sink=False, compiled=compiled
+    )
+    assert kernel == ("masked" if compiled else "segments")
+    seq = sequence(27, BOUNDS, masked=compiled)
+    actual = softmax_attention(*inputs, seq, window=window, compiled=compiled)
+    alone = [
+        attend(*(x[:, a:b] for x in inputs), window=window)
+        for a, b in itertools.pairwise(BOUNDS)
+        if b > a
+    ]
+    compare(actual, torch.cat(alone, 1), inputs)
+
+
+@pytest.mark.parametrize("window", [1, *WINDOWS])
+@pytest.mark.parametrize("sink", [False, True])
+def test_decode_sees_what_prefill_sees(window, sink):
+    """One token at a time, and several at once onto a cache that holds something."""
+    q, k, v = (x.detach() for x in make_qkv(27, batch=2))
+    sink = randn(6) if sink else None
+    expected = attend(q, k, v, window=window, sink=sink)
+    cache, outs = LayerCache(), []
+    for a, b in itertools.pairwise((0, 1, 2, 9, 10, 11, 16, 27)):
+        keys, values = cache.append(k[:, a:b], v[:, a:b], window)
+        outs.append(
+            softmax_attention(
+                q[:, a:b], keys, values, sequence(b - a), window=window, sink=sink, cached=True
+            )
+        )
+    assert_close_rms(torch.cat(outs, 1), expected)
+
+
+# ---- cache
+
+
+def test_cache_grows_and_keeps_everything():
+    k, v = randn(2, 300, 3, 4), randn(2, 300, 3, 4, seed=1)
+    cache, capacities = LayerCache(), set()
+    for a, b in itertools.pairwise((0, 5, 6, 63, 64, 65, 66, 200, 300)):
+        keys, values = cache.append(k[:, a:b], v[:, a:b])
+        assert torch.equal(keys, k[:, :b])
+        assert torch.equal(values, v[:, :b])
+        assert cache.length == b
+        capacities.add(cache.k.shape[1])
+    assert capacities == {64, 128, 256, 512}  # few reallocations
+    assert cache.num_bytes() == 2 * 2 * 512 * 3 * 4 * 8
+
+
+def test_window_cache_holds_a_window():
+    k, v = randn(1, 300, 3, 4), randn(1, 300, 3, 4, seed=1)
+    for cuts in ((0, 300), (0, 2, 9, 10, 300), range(40)):
+        cache = LayerCache()
+        for a, b in itertools.pairwise(cuts):
+            cache.append(k[:, a:b], v[:, a:b], 7)
+        assert cache.length == b
+        assert torch.equal(cache.k, k[:, b - 7 : b])
+        assert torch.equal(cache.v, v[:, b - 7 : b])
+        held = cache.k.untyped_storage().nbytes() + cache.v.untyped_storage().nbytes()
+        assert held == cache.num_bytes() == 2 * 7 * 3 * 4 * 8
