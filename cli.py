@@ -17,7 +17,7 @@ from pathlib import Path
 
 import yaml
 
-from config import REFUSED, STAGES, DistillConfig, StageConfig, UserError
+from config import ALIASES, REFUSED, STAGES, DistillConfig, StageConfig, UserError
 
 
 def _coerce(flag: str, text, annotation, meta):
@@ -73,6 +73,7 @@ def _slots(cls) -> dict[str, tuple]:
 def _set_all(cfg, values: dict, origin: str) -> None:
     slots = _slots(type(cfg))
     for flag, text in values.items():
+        flag = ALIASES.get(flag, flag)
         refused = REFUSED.get(type(cfg), {}).get(flag)
         if refused:
             raise UserError(f"{origin}{flag}: not taken here: {refused}")

@@ -232,7 +232,7 @@ class TrainConfig:
     eval_tokens: int = opt(65_536, "held-out tokens per evaluation", low=8)
     eval_seq_len: int = opt(0, "tokens per held-out row; 0 = as in the last stage", low=0)
     sample_tokens: int = opt(32, "tokens of each sample completion; 0 = no samples", low=0)
-    run: str = opt("", "name of the run; empty = script and time")
+    run: str = opt("", "name of the run; empty = script and time (under torchrun: --run_name)")
     save_model: bool = opt(True, "write checkpoints and the final model")
     save_model_dir: str = opt("runs", "parent folder of runs")
     save_every: int = opt(0, "steps between checkpoints; 0 = at stage ends only", low=0)
@@ -308,6 +308,9 @@ class DistillConfig(TrainConfig):
             )
         return names
 
+
+# Other spellings. torchrun's own parser (Python 3.11) trips over --run: it has a --run-path.
+ALIASES = {"run_name": "run"}
 
 # Flags of the sister script, with what to use instead.
 REFUSED = {

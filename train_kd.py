@@ -214,10 +214,12 @@ def distil(cfg: DistillConfig, argv: list[str]) -> None:
     evaluator = Evaluator(held_out, teacher, amp=run.amp, first=first, world=world)
     if not table.has("teacher"):
         table.add("teacher", evaluator(teacher))
-    if layers and fresh:
-        with zeroed_attention(student, layers):
-            table.add("converted attention outputs zeroed", evaluator(student))
-        table.add("student after transfer", evaluator(student))
+    if fresh:
+        if layers:
+            with zeroed_attention(student, layers):
+                table.add("converted attention outputs zeroed", evaluator(student))
+        converted = "student after transfer" if layers and convert else "student at start"
+        table.add(converted, evaluator(student))
     restore_weights(run, student)
     for plan in plans:
         if plan.name in run.done:

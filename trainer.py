@@ -325,7 +325,8 @@ def train_stage(
         select = permuted_index(np.arange(count), n, plan.seed, 0)
     loader = PackedLoader(
         data, seq_len=stage.seq_len, select=select, rows_per_step=plan.rows,
-        micro_batch=plan.micro_batch, rank=world.rank, world_size=world.size, seed=plan.seed, doc_mask=cfg.doc_mask,
+        micro_batch=plan.micro_batch, rank=world.rank, world_size=world.size, seed=plan.seed,
+        doc_mask=cfg.doc_mask,
     )  # fmt: skip
     optimizer = stage_optimizer(plan, objective.params, world)
     start = 0

@@ -1,0 +1,237 @@
+"""Whole runs on tiny models: stages, resume, ranks, kill -9. Real processes where they matter."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT, call_script, metric_rows, run_python
+
+from hf import load_model, read_config
+
+
+def kd_flags(teacher, data, out, run, *more):
+    return [
+        f"--teacher={teacher}", f"--data={data}", f"--save_model_dir={out}", f"--run_name={run}",
+        "--layers=1,2", "--device=cpu", "--eval_tokens=512", "--sample_tokens=3",
+        "--calibrate_tokens=256", "--config=configs/test-kd.yaml", *more,
+    ]  # fmt: skip
+
+
+def train_flags(data, out, run, *more):
+    return [
+        f"--data={data}", f"--save_model_dir={out}", f"--run_name={run}", "--device=cpu",
+        "--num_blocks=3", "--num_heads=2", "--embedding_dim=32", "--layers=1", "--context_len=32",
+        "--batch_size=1", "--accumulation_steps=4", "--max_steps=6", "--lr=3e-3",
+        "--warmup_steps=2", "--eval_tokens=256", "--sample_tokens=3", *more,
+    ]  # fmt: skip
+
+
+def weights(folder) -> dict[str, torch.Tensor]:
+    return dict(load_model(folder).state_dict())
+
+
+def test_distillation_end_to_end(tiny_teacher, tiny_data, tmp_path, capsys):
+    call_script("train_kd", *kd_flags(tiny_teacher, tiny_data, tmp_path, "a"))
+    out, run = capsys.readouterr().out, tmp_path / "a"
+    assert "FLLF" in out and re.search(r"transfer self-test: .* 1\.0", out)
+    table = {r["model"]: r for r in json.loads((run / "table.json").read_text())}
+    assert list(table) == [
+        "teacher", "converted attention outputs zeroed", "student after transfer",
+        "student after align", "student after distill",
+    ]  # fmt: skip
+    kl = {name: row["KL"] for name, row in table.items()}
+    assert kl["teacher"] == 0 and table["teacher"]["top-1"] == 1
+    assert kl["student after align"] < kl["student after transfer"]
+    assert kl["student after distill"] < kl["student after align"]
+    samples = json.loads((run / "samples.json").read_text())
+    assert len(samples) == 3 and all({"prompt", "teacher", "student"} <= set(s) for s in samples)
+    config = (run / "config.yaml").read_text()
+    assert "layers: 1,2" in config and "commit:" in config and "command: train_kd.py" in config
+    student = read_config(run / "model")
+    assert student.layer_map() == "FLLF" and student.mixer == ["gated_deltanet"] * 2
+    # Only the mixers were trained: everything else is the teacher's, bit for bit.
+    theirs = weights(tiny_teacher)
+    for name, tensor in weights(run / "model").items():
+        if ".linear_attn." not in name:
+            assert torch.equal(tensor, theirs[name]), name
+    steps = metric_rows(run)
+    assert sorted(steps) == list(range(1, 1 + len(steps)))
+
+
+def test_a_native_student_is_taken_up_again(tiny_teacher, tiny_data, tmp_path, capsys):
+    call_script("train_kd", *kd_flags(tiny_teacher, tiny_data, tmp_path, "a", "--stages=align"))
+    flags = kd_flags(tiny_teacher, tiny_data, tmp_path, "b", "--stages=distill")
+    call_script("train_kd", *flags, f"--student={tmp_path / 'a' / 'model'}")
+    out = capsys.readouterr().out
+    assert "student after transfer" not in out.split("stage distill")[-1]
+    rows = {r["model"]: r for r in json.loads((tmp_path / "b" / "table.json").read_text())}
+    first = {r["model"]: r for r in json.loads((tmp_path / "a" / "table.json").read_text())}
+    assert rows["student at start"]["KL"] == first["student after align"]["KL"]
+    assert rows["student after distill"]["KL"] < rows["student at start"]["KL"]
+
+
+@pytest.mark.parametrize("loss", ["reverse_kl", "js", "mse"])
+def test_other_losses_train_all_parameters(tiny_teacher, tiny_data, tmp_path, loss):
+    flags = kd_flags(tiny_teacher, tiny_data, tmp_path, "a", "--stages=distill")
+    call_script(
+        "train_kd", *flags, f"--distill_loss={loss}", "--distill_train=all",
+        "--distill_ce_weight=0.1", "--distill_temperature=2", "--distill_use_muon=True",
+    )  # fmt: skip
+    losses = metric_rows(tmp_path / "a")
+    values = [losses[s] for s in sorted(losses)]
+    assert sum(values[-3:]) < sum(values[:3])
+    before, after = weights(tiny_teacher), weights(tmp_path / "a" / "model")
+    assert not torch.equal(before["embed_tokens.weight"], after["embed_tokens.weight"])
+
+
+def test_pretraining_end_to_end(tiny_data, tmp_path, capsys):
+    call_script("train", *train_flags(tiny_data, tmp_path, "p", "--max_steps=120", "--lr=1e-2"))
+    out = capsys.readouterr().out
+    found = re.search(r"held-out loss ([\d.]+) nats/token = ([\d.]+) x the unigram", out)
+    assert found and float(found[2]) < 1.0
+    assert read_config(tmp_path / "p" / "model").layer_map() == "FLF"
+
+
+def test_dry_run_trains_nothing(tiny_teacher, tiny_data, tmp_path, capsys):
+    call_script("train_kd", *kd_flags(tiny_teacher, tiny_data, tmp_path, "a", "--dry_run"))
+    assert "dry run" in capsys.readouterr().out
+    assert metric_rows(tmp_path / "a") == {}
+
+
+def test_resume_refuses_changes(refused, tiny_teacher, tiny_data, tmp_path):
+    call_script("train_kd", *kd_flags(tiny_teacher, tiny_data, tmp_path, "a"))
+    again = [*kd_flags(tiny_teacher, tiny_data, tmp_path, "a"), "--resume=auto"]
+    assert "layers" in refused("train_kd", *again, "--layers=2")
+    assert "seed" in refused("train_kd", *again, "--seed=9")
+    assert "stages" in refused("train_kd", *again, "--align_lr=0.5")
+    other = tmp_path / "other-data"
+    import shutil
+
+    shutil.copytree(tiny_data, other)
+    from shards import ShardWriter
+    from tokenizer import load_tokenizer
+
+    with ShardWriter(other, "train", load_tokenizer("byte"), overwrite=True) as writer:
+        for _ in range(40):
+            writer.add(list(range(97, 120)) * 4)
+    assert "data" in refused("train_kd", *again, f"--data={other}")
+    changed = tmp_path / "other-teacher"
+    shutil.copytree(tiny_teacher, changed)
+    raw = bytearray((changed / "model.safetensors").read_bytes())
+    raw[-1] ^= 1
+    (changed / "model.safetensors").write_bytes(raw)
+    assert "teacher" in refused("train_kd", *again, f"--teacher={changed}")
+
+
+def test_stage_of_the_checkpoint_is_checked(refused, tiny_teacher, tiny_data, tmp_path):
+    flags = kd_flags(tiny_teacher, tiny_data, tmp_path, "a")
+    call_script("train_kd", *flags, "--stages=align,distill")
+    again = [*flags, "--stages=align", f"--resume={tmp_path / 'a'}"]
+    line = refused("train_kd", *again)
+    assert "stage" in line
+
+
+@pytest.mark.parametrize("script", ["train", "train_kd"])
+def test_kill_and_resume_is_bitwise(script, tiny_teacher, tiny_data, tmp_path):
+    """kill -9 at a random step, then --resume auto: the same losses, bit for bit."""
+    if script == "train":
+        flags = lambda run: train_flags(tiny_data, tmp_path, run, "--max_steps=40")  # noqa: E731
+    else:
+        flags = lambda run: kd_flags(  # noqa: E731
+            tiny_teacher, tiny_data, tmp_path, run, "--distill_train=all"
+        )
+    call_script(script, *flags("whole"))
+    expected = metric_rows(tmp_path / "whole")
+    command = [sys.executable, f"{script}.py", *flags("cut"), "--save_every=3"]
+    env = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
+    process = subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.DEVNULL)
+    target = len(expected) * (0.2 + 0.6 * int.from_bytes(os.urandom(1)) / 255)
+    log = tmp_path / "cut" / "metrics.jsonl"
+    deadline = time.time() + 120
+    while time.time() < deadline and process.poll() is None:
+        if log.is_file() and log.read_text().count('"loss"') >= target:
+            break
+        time.sleep(0.01)
+    assert process.poll() is None, "the run ended before it could be killed"
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    done = len(metric_rows(tmp_path / "cut"))
+    assert 0 < done < len(expected)
+    call_script(script, *flags("cut"), "--save_every=3", "--resume=auto")
+    assert metric_rows(tmp_path / "cut") == expected
+    a, b = weights(tmp_path / "whole" / "model"), weights(tmp_path / "cut" / "model")
+    assert all(torch.equal(a[n], b[n]) for n in a)
+
+
+def relative(a: dict, b: dict) -> float:
+    assert a.keys() == b.keys()
+    return max(abs(a[k] - b[k]) / abs(a[k]) for k in a)
+
+
+def largest_difference(a: Path, b: Path) -> float:
+    a, b = weights(a / "model"), weights(b / "model")
+    return max(((a[n] - b[n]).norm() / a[n].norm().clamp(min=1e-12)).item() for n in a)
+
+
+@pytest.mark.parametrize("muon", [False, True], ids=["adamw", "muon"])
+def test_two_ranks_equal_one_pretraining(muon, tiny_data, tmp_path):
+    more = ["--use_muon=True", "--muon_lr=0.01"] if muon else []
+    call_script("train", *train_flags(tiny_data, tmp_path, "one", *more))
+    run_python("train.py", *train_flags(tiny_data, tmp_path, "two", *more), ranks=2)
+    one, two = metric_rows(tmp_path / "one"), metric_rows(tmp_path / "two")
+    limit = 1e-4 if muon else 1e-6  # fp32 Newton-Schulz on CPU amplifies the sums' rounding
+    assert relative(one, two) <= limit
+    assert largest_difference(tmp_path / "one", tmp_path / "two") <= 100 * limit
+
+
+def test_two_ranks_equal_one_distilling(tiny_teacher, tiny_data, tmp_path):
+    more = ["--distill_train=all", "--max_steps=6"]
+    flags = lambda run: kd_flags(tiny_teacher, tiny_data, tmp_path, run, *more)  # noqa: E731
+    call_script("train_kd", *flags("one"), "--align_micro_batch=1", "--distill_micro_batch=1")
+    run_python(
+        "train_kd.py", *flags("two"), "--align_micro_batch=1", "--distill_micro_batch=1", ranks=2
+    )
+    one, two = metric_rows(tmp_path / "one"), metric_rows(tmp_path / "two")
+    assert len(one) == 12 and relative(one, two) <= 1e-6
+    # Every mixer gets its gradient from both ranks, layer by layer.
+    for layer in ("layer_1", "layer_2"):
+        a, b = metric_rows(tmp_path / "one", layer), metric_rows(tmp_path / "two", layer)
+        assert relative(a, b) <= 1e-6
+    for key in ("eval/ppl", "eval/kl"):
+        rows = [
+            [json.loads(line)[key] for line in (tmp_path / run / "metrics.jsonl").open()
+             if key in line]
+            for run in ("one", "two")
+        ]  # fmt: skip
+        assert rows[0] == pytest.approx(rows[1], rel=1e-5, abs=1e-7)
+
+
+def test_resume_on_another_number_of_ranks(tiny_teacher, tiny_data, tmp_path):
+    flags = kd_flags(tiny_teacher, tiny_data, tmp_path, "two", "--save_every=4")
+    whole = kd_flags(tiny_teacher, tiny_data, tmp_path, "whole")
+    call_script("train_kd", *whole)
+    run_python("train_kd.py", *flags, "--stages=align,distill", "--max_steps=30", ranks=2)
+    expected = metric_rows(tmp_path / "whole")
+    import shutil
+
+    newest = max((tmp_path / "two" / "checkpoints").iterdir(), key=lambda p: int(p.name[5:]))
+    shutil.rmtree(newest)
+    shutil.rmtree(tmp_path / "two" / "model")
+    call_script("train_kd", *flags, "--resume=auto")
+    assert relative(expected, metric_rows(tmp_path / "two")) <= 1e-4
+
+
+def test_under_torchrun_one_rank_speaks(tiny_teacher, tiny_data, tmp_path):
+    flags = kd_flags(tiny_teacher, tiny_data, tmp_path, "a", "--layers=9")
+    result = run_python("train_kd.py", *flags, ranks=2, check=False)
+    assert result.returncode == 1
+    assert result.stderr.count("error: --layers: layer 9 found") == 1
