@@ -232,6 +232,7 @@ class TrainConfig:
     eval_tokens: int = opt(65_536, "held-out tokens per evaluation", low=8)
     eval_seq_len: int = opt(0, "tokens per held-out row; 0 = as in the last stage", low=0)
     sample_tokens: int = opt(32, "tokens of each sample completion; 0 = no samples", low=0)
+    sample_temperature: float = opt(0.0, "of the sample completions; 0 = greedy", low=0.0)
     run: str = opt("", "name of the run; empty = script and time (under torchrun: --run_name)")
     save_model: bool = opt(True, "write checkpoints and the final model")
     save_model_dir: str = opt("runs", "parent folder of runs")

@@ -50,7 +50,7 @@ def this_process(device_name: str) -> World:
     device = choose_device(device_name)
     size = int(os.environ.get("WORLD_SIZE", "1"))
     if size == 1:
-        return World(0, 1, device)
+        return World(0, 1, torch.device("cuda", 0) if device.type == "cuda" else device)
     rank, local = int(os.environ["RANK"]), int(os.environ["LOCAL_RANK"])
     if device.type == "mps":
         raise UserError("--device: mps found under torchrun, cpu or cuda expected")

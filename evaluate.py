@@ -141,12 +141,18 @@ def zeroed_attention(model: Transformer, layers: list[int]):
                 w.copy_(old)
 
 
-def completions(model: Transformer, tokenizer, tokens: int, amp=nullcontext) -> list[str]:
-    """Greedy completions of PROMPTS."""
+def completions(
+    model: Transformer, tokenizer, tokens: int, amp=nullcontext, temperature: float = 0.0
+) -> list[str]:
+    """Completions of PROMPTS: greedy at temperature 0, else drawn with a fixed seed."""
     texts = []
+    device = model.embed_tokens.weight.device
     with amp():
         for prompt in PROMPTS:
-            new = generate(model, tokenizer.encode(prompt), tokens, eos=tokenizer.eos_token_id)
+            new = generate(
+                model, tokenizer.encode(prompt), tokens, temperature=temperature,
+                eos=tokenizer.eos_token_id, generator=torch.Generator(device).manual_seed(0),
+            )  # fmt: skip
             texts.append(tokenizer.decode(new))
     return texts
 

@@ -149,9 +149,26 @@ class ShortConvolution(nn.Module):
 
 
 @functools.cache
+def _probe() -> tuple[bool, tuple[str, ...]]:
+    """Whether flash-attn is installed, and the parameters of this PyTorch's varlen_attn, which
+    changed between 2.10 and 2.13."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    installed = importlib.util.find_spec("flash_attn") is not None
+    return installed, tuple(inspect.signature(varlen_attn).parameters)
+
+
+# Compiled blocks take the answers as constants; tracing through a cache warns.
+@torch.compiler.assume_constant_result
 def has_flash_attn() -> bool:
     """Whether the flash-attn package is installed."""
-    return importlib.util.find_spec("flash_attn") is not None
+    return _probe()[0]
+
+
+@torch.compiler.assume_constant_result
+def varlen_takes(parameter: str) -> bool:
+    """Whether varlen_attn has this parameter."""
+    return parameter in _probe()[1]
 
 
 def attention_kernel(device: torch.device, dtype: torch.dtype, *, packed: bool, sink: bool,
@@ -261,24 +278,16 @@ def _varlen(kernel: str, q: Tensor, k: Tensor, v: Tensor, seq: SeqInfo, window: 
         )[None]
     from torch.nn.attention.varlen import varlen_attn
 
-    names = _varlen_arguments()
-    if "enable_gqa" in names:
-        extra = {"enable_gqa": True}
+    extra = {}
+    if varlen_takes("enable_gqa"):
+        extra["enable_gqa"] = True
     else:
         groups = q.shape[1] // k.shape[1]
-        k, v, extra = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1), {}
-    if "window_size" in names:
+        k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
+    if varlen_takes("window_size"):
         extra["window_size"] = (left, 0)
     elif window:
         raise RuntimeError("sliding_attention on packed rows needs torch >= 2.11 or flash-attn")
     else:
         extra["is_causal"] = True
     return varlen_attn(q, k, v, bounds, bounds, longest, longest, **extra)[None]
-
-
-@functools.cache
-def _varlen_arguments() -> frozenset[str]:
-    """The parameters of this PyTorch's varlen_attn, which changed between 2.10 and 2.13."""
-    from torch.nn.attention.varlen import varlen_attn
-
-    return frozenset(inspect.signature(varlen_attn).parameters)

@@ -124,9 +124,8 @@ def pretrain(cfg: PretrainConfig, argv: list[str]) -> None:
         f"{scores['ce'] / math.log(2):.3f} bits/token"
     )
     if world.is_main and cfg.sample_tokens:
-        for prompt, text in zip(
-            PROMPTS, completions(model, tokenizer, cfg.sample_tokens, run.amp), strict=True
-        ):
+        texts = completions(model, tokenizer, cfg.sample_tokens, run.amp, cfg.sample_temperature)
+        for prompt, text in zip(PROMPTS, texts, strict=True):
             say(f"sample: {prompt!r} -> {text!r}")
     if world.is_main and cfg.save_model:
         kind = save_model(model, run.folder / "model", tokenizer_from=spec)

@@ -280,13 +280,14 @@ def conclude(run, cfg, table, teacher, student, tokenizer, spec) -> None:
     """The table, the samples, the saved student."""
     run.logger.table("held-out documents", table.rows)
     if run.world.is_main and cfg.sample_tokens:
-        theirs = completions(teacher, tokenizer, cfg.sample_tokens, run.amp)
-        ours = completions(student, tokenizer, cfg.sample_tokens, run.amp)
+        how = (tokenizer, cfg.sample_tokens, run.amp, cfg.sample_temperature)
+        theirs, ours = completions(teacher, *how), completions(student, *how)
         rows = [
             {"prompt": p, "teacher": t, "student": s}
             for p, t, s in zip(PROMPTS, theirs, ours, strict=True)
         ]
-        run.logger.table("greedy completions", rows)
+        title = "completions" if cfg.sample_temperature else "greedy completions"
+        run.logger.table(title, rows)
         (run.folder / "samples.json").write_text(json.dumps(rows, indent=1) + "\n")
     if run.world.is_main and cfg.save_model:
         folder = run.folder / "model"

@@ -105,7 +105,9 @@ class GatedDeltaNet(nn.Module):
             q, k = q.repeat_interleave(groups, 2), k.repeat_interleave(groups, 2)
         beta = self.b_proj(x).sigmoid()
         g = self.log_decay(x)
-        kernel = resolve_kernel(self.kernel, x.device)
+        kernel = self.kernel  # the trainer has resolved it; a compiled block cannot
+        if kernel == "auto":
+            kernel = resolve_kernel(kernel, x.device)
         if cache is not None and cache.state is not None and x.shape[1] == 1:
             o, state = step_gated_delta_rule(
                 q[:, 0], k[:, 0], v[:, 0], g[:, 0], beta[:, 0], initial_state=cache.state
@@ -188,26 +190,27 @@ class GatedDeltaNet(nn.Module):
         x, target [B, T, d]: the teacher's input to this layer and its attention output. Returns
         the relative error ||target - out|| / ||target|| afterwards.
         """
-        flat = x.flatten(0, 1).float()
-        goal = inverse_silu(GATE)
-        gram = flat.T @ flat
-        gram.diagonal().add_(1e-3 * gram.diagonal().mean())
-        row = torch.linalg.solve(gram, flat.sum(0) * goal)
-        self.g_proj.weight.copy_(row.expand_as(self.g_proj.weight))
+        with torch.autocast(x.device.type, enabled=False):
+            flat = x.flatten(0, 1).float()
+            gram = flat.T @ flat
+            gram.diagonal().add_(1e-3 * gram.diagonal().mean())
+            row = torch.linalg.solve(gram, flat.sum(0) * inverse_silu(GATE))
+            self.g_proj.weight.copy_(row.expand_as(self.g_proj.weight))
 
         mixed = self.mix(x, seq).flatten(0, 1).float().unflatten(-1, (-1, self.value_dim))
-        columns = self.o_proj.weight.float().unflatten(1, (-1, self.value_dim))  # [d, J, V]
-        parts = torch.einsum("njv,djv->njd", mixed, columns)  # what each head adds to the output
-        goal = target.flatten(0, 1).float()
-        gram = torch.einsum("njd,nid->ji", parts, parts)
-        gram.diagonal().add_(1e-3 * gram.diagonal().mean())
-        scale = torch.linalg.solve(gram, torch.einsum("njd,nd->j", parts, goal))
-        # A head whose fit is nil or negative still has to be able to learn.
-        middle = scale.clamp(min=0).mean()
-        scale = scale.clamp(0.1 * middle, 10 * middle)
-        self.o_proj.weight.copy_((columns * scale[None, :, None]).flatten(1))
-        error = goal - torch.einsum("njd,j->nd", parts, scale)
-        return (error.norm() / goal.norm()).item()
+        with torch.autocast(x.device.type, enabled=False):
+            columns = self.o_proj.weight.float().unflatten(1, (-1, self.value_dim))  # [d, J, V]
+            parts = torch.einsum("njv,djv->njd", mixed, columns)  # what each head adds
+            goal = target.flatten(0, 1).float()
+            gram = torch.einsum("njd,nid->ji", parts, parts)
+            gram.diagonal().add_(1e-3 * gram.diagonal().mean())
+            scale = torch.linalg.solve(gram, torch.einsum("njd,nd->j", parts, goal))
+            # A head whose fit is nil or negative still has to be able to learn.
+            middle = scale.clamp(min=0).mean()
+            scale = scale.clamp(0.1 * middle, 10 * middle)
+            self.o_proj.weight.copy_((columns * scale[None, :, None]).flatten(1))
+            error = goal - torch.einsum("njd,j->nd", parts, scale)
+            return (error.norm() / goal.norm()).item()
 
 
 def inverse_softplus(y: Tensor) -> Tensor:

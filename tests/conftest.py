@@ -61,6 +61,13 @@ def tiny_teacher(tmp_path_factory) -> str:
     return str(folder)
 
 
+@pytest.fixture(autouse=True)
+def matmul_precision():
+    """The scripts switch TF32 on; the next test must not inherit it."""
+    yield
+    torch.set_float32_matmul_precision("highest")
+
+
 @pytest.fixture
 def refused(capsys):
     """refused(script, *argv) -> the one line on stderr of a call that must exit with 2."""

@@ -22,7 +22,7 @@ def kd_flags(teacher, data, out, run, *more):
     return [
         f"--teacher={teacher}", f"--data={data}", f"--save_model_dir={out}", f"--run_name={run}",
         "--layers=1,2", "--device=cpu", "--eval_tokens=512", "--sample_tokens=3",
-        "--calibrate_tokens=256", "--config=configs/test-kd.yaml", *more,
+        "--calibrate_tokens=256", "--config=tests/kd.yaml", *more,
     ]  # fmt: skip
 
 
@@ -65,6 +65,19 @@ def test_distillation_end_to_end(tiny_teacher, tiny_data, tmp_path, capsys):
             assert torch.equal(tensor, theirs[name]), name
     steps = metric_rows(run)
     assert sorted(steps) == list(range(1, 1 + len(steps)))
+
+
+@pytest.mark.parametrize("train", ["mixers", "all"])
+def test_distillation_in_bfloat16(tiny_teacher, tiny_data, tmp_path, train):
+    """Autocast with a bfloat16 teacher: fp32 masters, decays and losses."""
+    flags = kd_flags(tiny_teacher, tiny_data, tmp_path, "a", "--dtype=bfloat16")
+    call_script("train_kd", *flags, f"--distill_train={train}", "--distill_lr=5e-4")
+    kl = {r["model"]: r["KL"] for r in json.loads((tmp_path / "a" / "table.json").read_text())}
+    assert kl["student after distill"] < kl["student after align"] < kl["student after transfer"]
+    saved = weights(tmp_path / "a" / "model")
+    assert saved["layers.1.linear_attn.A_log"].dtype == torch.float32
+    trunk = torch.bfloat16 if train == "mixers" else torch.float32
+    assert saved["layers.0.mlp.up_proj.weight"].dtype == trunk
 
 
 def test_a_native_student_is_taken_up_again(tiny_teacher, tiny_data, tmp_path, capsys):

@@ -1,0 +1,93 @@
+"""What only CUDA can show: varlen attention, bfloat16, compiled blocks, a whole run."""
+
+from __future__ import annotations
+
+import copy
+import json
+
+import pytest
+import torch
+from conftest import call_script, metric_rows
+from kit import rms_ratio
+
+from config import ModelConfig
+from data import TokenDataset, eval_batches
+from distributed import compile_blocks
+from evaluate import inputs
+from layers import sdpa_priority
+from model import Transformer
+from trainer import set_kernel
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA"),
+]
+CUDA = torch.device("cuda")
+
+
+def hybrid(**changes) -> Transformer:
+    fields = dict(
+        vocab_size=257, hidden_size=128, intermediate_size=256, num_hidden_layers=4,
+        num_attention_heads=4, num_key_value_heads=2, head_dim=64,
+        layer_types=["full_attention", "linear_attention"] * 2,
+    )  # fmt: skip
+    torch.manual_seed(3)
+    model = Transformer(ModelConfig(**{**fields, **changes}))
+    model.init_weights()
+    set_kernel(model, "chunk")
+    return model
+
+
+def loss_and_grads(model, batch, device, *, amp: bool):
+    model = copy.deepcopy(model).to(device)
+    batch = batch.to(device)
+    with torch.autocast(device.type, torch.bfloat16, enabled=amp), sdpa_priority(device):
+        hidden = model(**inputs(batch)).float()
+    weight = torch.randn(hidden.shape, generator=torch.Generator().manual_seed(1)).to(device)
+    (hidden * weight).mean().backward()
+    grads = {n: p.grad.cpu() for n, p in model.named_parameters() if p.grad is not None}
+    return hidden.detach().cpu(), grads
+
+
+@pytest.mark.parametrize("doc_mask", [True, False], ids=["packed", "rows"])
+@pytest.mark.parametrize("amp", [False, True], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("changes", [{}, {"attention_sink": True}], ids=["plain", "sink"])
+def test_cuda_equals_cpu(tiny_data, doc_mask, amp, changes):
+    data = TokenDataset.open(tiny_data, "train")
+    batch = eval_batches(data, seq_len=160, max_tokens=480, micro_batch=3, doc_mask=doc_mask)[0]
+    model = hybrid(**changes)
+    expected, expected_grads = loss_and_grads(model, batch, torch.device("cpu"), amp=False)
+    actual, grads = loss_and_grads(model, batch, CUDA, amp=amp)
+    limit = 3e-2 if amp else 1e-4
+    assert rms_ratio(actual, expected) <= limit
+    assert grads.keys() == expected_grads.keys()
+    for name, grad in grads.items():
+        # bf16: gradients of single gates are sums of many cancelling terms
+        assert rms_ratio(grad, expected_grads[name]) <= (0.15 if amp else 1e-3), name
+
+
+@pytest.mark.parametrize("doc_mask", [True, False], ids=["packed", "rows"])
+def test_compiled_blocks_equal_eager(tiny_data, doc_mask):
+    data = TokenDataset.open(tiny_data, "train")
+    batches = eval_batches(data, seq_len=160, max_tokens=960, micro_batch=3, doc_mask=doc_mask)
+    model = hybrid().to(CUDA)
+    fast = copy.deepcopy(model)
+    compile_blocks(fast)
+    for batch in batches:
+        batch = batch.to(CUDA)
+        with torch.autocast("cuda", torch.bfloat16), sdpa_priority(CUDA):
+            a, b = model(**inputs(batch)), fast(**inputs(batch))
+        assert rms_ratio(b.float(), a.float()) <= 2e-2
+
+
+@pytest.mark.parametrize("compiled", ["true", "false"])
+def test_a_whole_run(tiny_teacher, tiny_data, tmp_path, compiled):
+    call_script(
+        "train_kd", f"--teacher={tiny_teacher}", f"--data={tiny_data}", "--layers=1,2",
+        f"--save_model_dir={tmp_path}", "--run=a", "--config=tests/kd.yaml",
+        f"--torch_compile={compiled}", "--eval_tokens=512", "--sample_tokens=3",
+        "--calibrate_tokens=256", "--distill_train=all", "--distill_lr=5e-4", "--peak_flops=1e12",
+    )  # fmt: skip
+    kl = {r["model"]: r["KL"] for r in json.loads((tmp_path / "a" / "table.json").read_text())}
+    assert kl["student after distill"] < kl["student after align"] < kl["student after transfer"]
+    assert all(0 < v < 1 for v in metric_rows(tmp_path / "a", "mfu").values())
