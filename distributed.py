@@ -154,6 +154,8 @@ def compile_blocks(model: nn.Module) -> None:
     """torch.compile every block by itself: one graph is reused by all blocks of a kind."""
     model.compiled = True
     for block in model.layers:
-        if block.kind != "linear_attention":
+        if block.kind == "linear_attention":
+            block.linear_attn.compile()  # align calls it by itself
+        else:
             block.self_attn.compiled = True
         block.compile()

@@ -122,6 +122,7 @@ def inputs(batch: Batch) -> dict:
         "positions": batch.position_ids if batch.cu_seqlens is not None else None,
         "cu_seqlens": batch.cu_seqlens,
         "max_seqlen": batch.max_seqlen,
+        "rows": len(batch.sample_ids) if batch.cu_seqlens is not None else 1,
     }
 
 

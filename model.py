@@ -158,6 +158,7 @@ class Transformer(nn.Module):
         positions: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
         max_seqlen: int = 0,
+        rows: int = 1,
         past: int = 0,
         dtype: torch.dtype | None = None,
     ) -> SeqInfo:
@@ -184,7 +185,7 @@ class Transformer(nn.Module):
                 time = torch.arange(length, device=device)
                 doc = torch.searchsorted(cu_seqlens, time, right=True)
                 mask = doc[:, None] == doc[None]
-        return SeqInfo(positions, cos, sin, cu_seqlens, max_seqlen or length, lengths, mask)
+        return SeqInfo(positions, cos, sin, cu_seqlens, max_seqlen or length, lengths, rows, mask)
 
     def embed(self, input_ids: Tensor) -> Tensor:
         """[B, T] -> [B, T, d], in the compute type, so that the residual stream is too."""
@@ -201,6 +202,7 @@ class Transformer(nn.Module):
         positions: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
         max_seqlen: int = 0,
+        rows: int = 1,
         cache: list[LayerCache] | None = None,
         hidden: Tensor | None = None,
         first: int = 0,
@@ -209,15 +211,16 @@ class Transformer(nn.Module):
         """input_ids [B, T] int64 -> hidden states after the final norm [B, T, d].
 
         cu_seqlens [N + 1] int32 (B = 1): documents that must not see each other; positions [B, T]
-        restart in each. cache: one LayerCache per block, for generation. `hidden` with `first`
-        starts at block `first` from its input instead of from tokens; `keep` = i also returns
-        block i's input (for a student that shares the teacher's first i blocks).
+        restart in each; rows: how many rows of equal length were packed, where each begins a
+        document. cache: one LayerCache per block, for generation. `hidden` with `first` starts at
+        block `first` from its input instead of from tokens; `keep` = i also returns block i's
+        input (for a student that shares the teacher's first i blocks).
         """
         h = self.embed(input_ids) if hidden is None else hidden
         past = cache[0].length if cache is not None else 0
         seq = self.seq_info(
             h.shape[1], positions=positions, cu_seqlens=cu_seqlens, max_seqlen=max_seqlen,
-            past=past, dtype=h.dtype,
+            rows=rows, past=past, dtype=h.dtype,
         )  # fmt: skip
         kept = None
         for i in range(first, len(self.layers)):
@@ -235,13 +238,14 @@ class Transformer(nn.Module):
         positions: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
         max_seqlen: int = 0,
+        rows: int = 1,
     ) -> Iterator[tuple[int, Tensor, Tensor, SeqInfo]]:
         """Run the blocks up to the last of `layers`, yielding (i, input, output, seq) of each one's
         attention, [B, T, d] both, as soon as they are known, so nothing need be kept."""
         h = self.embed(input_ids)
         seq = self.seq_info(
             h.shape[1], positions=positions, cu_seqlens=cu_seqlens, max_seqlen=max_seqlen,
-            dtype=h.dtype,
+            rows=rows, dtype=h.dtype,
         )  # fmt: skip
         last = max(layers)
         for i in range(last):

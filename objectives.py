@@ -136,10 +136,9 @@ class AlignObjective:
         dtype = self.teacher.embed_tokens.weight.dtype
         shape = (*batch.input_ids.shape, -1)
         if None not in rows:
-            seq = self.student.seq_info(
-                shape[1], positions=batch.position_ids, cu_seqlens=batch.cu_seqlens,
-                max_seqlen=batch.max_seqlen, dtype=dtype,
-            )  # fmt: skip
+            where = inputs(batch)
+            del where["input_ids"]
+            seq = self.student.seq_info(shape[1], dtype=dtype, **where)
             for i in self.layers:
                 x, y = (torch.cat([row[i][k] for row in rows]).view(shape) for k in (0, 1))
                 yield i, x.to(dtype), y.to(dtype), seq

@@ -114,10 +114,11 @@ class GatedDeltaNet(nn.Module):
             )
             o = o[:, None]
         else:
+            rows = {"rows": seq.rows} if kernel == "chunk" else {}
             o, state = KERNELS[kernel](
                 q, k, v, g, beta,
                 initial_state=None if cache is None else cache.state,
-                output_final_state=cache is not None, cu_seqlens=seq.cu_seqlens,
+                output_final_state=cache is not None, cu_seqlens=seq.cu_seqlens, **rows,
             )  # fmt: skip
         if cache is not None:
             cache.conv = {"q": held_q, "k": held_k, "v": held_v}

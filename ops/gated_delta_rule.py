@@ -112,6 +112,7 @@ def chunk_gated_delta_rule(
     initial_state: Tensor | None = None,
     output_final_state: bool = False,
     cu_seqlens: Tensor | None = None,
+    rows: int = 1,
     chunk_size: int = 64,
 ) -> tuple[Tensor, Tensor | None]:
     """The recurrence in chunks of `chunk_size` tokens: matrix products and one unit-triangular
@@ -119,6 +120,8 @@ def chunk_gated_delta_rule(
 
     Documents of a packed row are kept apart by masks, so they cost nothing extra; only states
     per document (`initial_state` or `output_final_state` with `cu_seqlens`) run one by one.
+    rows: with `cu_seqlens`, the packed tokens are this many rows of equal length, each of which
+    begins a document; they run side by side, so the loop is that much shorter.
     """
     if cu_seqlens is not None and (initial_state is not None or output_final_state):
         return _per_document(
@@ -126,12 +129,20 @@ def chunk_gated_delta_rule(
             cu_seqlens,
         )  # fmt: skip
     scale = q.shape[-1] ** -0.5 if scale is None else scale
+    shape, doc = v.shape, None
+    if cu_seqlens is not None:
+        length, rest = divmod(q.shape[1], rows)
+        assert rest == 0, (q.shape, rows)
+        time = torch.arange(q.shape[1], device=q.device)
+        doc = torch.searchsorted(cu_seqlens[1:].contiguous(), time, right=True).view(rows, length)
+        q, k, v, g, beta = (x.reshape(rows, length, *x.shape[2:]) for x in (q, k, v, g, beta))
     with torch.autocast(q.device.type, enabled=False):  # the solve and the state need float32
-        return _chunk(q, k, v, g, beta, scale, initial_state, output_final_state, cu_seqlens,
-                      chunk_size)  # fmt: skip
+        o, state = _chunk(q, k, v, g, beta, scale, initial_state, doc, chunk_size)
+    return o.reshape(shape), (state if output_final_state else None)
 
 
-def _chunk(q, k, v, g, beta, scale, initial_state, output_final_state, cu_seqlens, chunk_size):
+def _chunk(q, k, v, g, beta, scale, initial_state, doc, chunk_size) -> tuple[Tensor, Tensor]:
+    """doc [B, T]: the document of each token, or None."""
     dtype, out_dtype = _state_dtype(v), v.dtype
     batch, length, heads, _ = q.shape
     value_dim = v.shape[-1]
@@ -145,17 +156,16 @@ def _chunk(q, k, v, g, beta, scale, initial_state, output_final_state, cu_seqlen
         return x.reshape(batch, heads, n, size, *x.shape[3:])
 
     q, k, v, g, beta = (chunked(x) for x in (q, k, v, g, beta))
-    q = q * scale  # after the cast: bfloat16 would round it once more
+    q = q * scale
     total = g.cumsum(-1)  # log decay since the chunk began, [B, H, n, C]
     last = total[..., -1:]
     causal = torch.ones(size, size, dtype=torch.bool, device=q.device).tril()
     reads, writes, keeps = total.exp(), (last - total).exp(), last.exp()
-    if cu_seqlens is not None:
-        time = torch.arange(n * size, device=q.device).clamp_(max=length - 1)
-        doc = torch.searchsorted(cu_seqlens[1:].contiguous(), time, right=True).view(n, size)
-        before = torch.cat([doc.new_full((1,), -1), doc[:-1, -1]])[:, None]  # the old state's
-        end = doc[:, -1:]
-        causal = causal & (doc[:, :, None] == doc[:, None, :])  # [n, C, C]
+    if doc is not None:
+        doc = torch.cat([doc, doc[:, -1:].expand(-1, pad)], 1).view(batch, 1, n, size)
+        end = doc[..., -1:]
+        before = torch.cat([torch.full_like(end[:, :, :1], -1), end[:, :, :-1]], 2)  # the state's
+        causal = causal & (doc[..., :, None] == doc[..., None, :])  # [B, 1, n, C, C]
         reads = reads * (doc == before)
         writes = writes * (doc == end)
         keeps = keeps * (end == before)
@@ -167,22 +177,28 @@ def _chunk(q, k, v, g, beta, scale, initial_state, output_final_state, cu_seqlen
     rhs = torch.cat([v * beta[..., None], kb * reads[..., None]], -1)
     solved = torch.linalg.solve_triangular(lower, rhs, upper=False, unitriangular=True)
     scores = q @ k.mT * decay
-
-    # unbind, not indexing: the backward of x[:, :, i] fills a whole tensor of zeros per chunk.
-    pieces = (
-        solved[..., :value_dim], solved[..., value_dim:], scores, q * reads[..., None],
-        (k * writes[..., None]).mT, keeps[..., None],
-    )  # fmt: skip
     state = initial_state
     if state is None:
         state = torch.zeros(batch, heads, k.shape[-1], value_dim, dtype=dtype, device=q.device)
+    o, state = _scan(
+        solved[..., :value_dim], solved[..., value_dim:], scores, q * reads[..., None],
+        (k * writes[..., None]).mT, keeps[..., None], state,
+    )  # fmt: skip
+    o = o.reshape(batch, heads, n * size, value_dim)[:, :, :length]
+    return o.transpose(1, 2).to(out_dtype), state
+
+
+@torch.compiler.disable  # one step per chunk: unrolled, a long row takes minutes to compile
+def _scan(u, w, scores, q_in, k_out, keep, state) -> tuple[Tensor, Tensor]:
+    """Carry the state [B, H, K, V] from chunk to chunk; everything else is [B, H, n, ...]."""
     outs = []
-    for u, w, score, q_in, k_out, keep in zip(*(x.unbind(2) for x in pieces), strict=True):
-        new = u - w @ state  # [B, H, C, V], the corrected values
-        outs.append(q_in @ state + score @ new)
-        state = state * keep + k_out @ new
-    o = torch.stack(outs, 2).reshape(batch, heads, n * size, value_dim)[:, :, :length]
-    return o.transpose(1, 2).to(out_dtype), (state if output_final_state else None)
+    # unbind, not indexing: the backward of x[:, :, i] fills a whole tensor of zeros per chunk.
+    pieces = zip(*(x.unbind(2) for x in (u, w, scores, q_in, k_out, keep)), strict=True)
+    for u_i, w_i, score, q_i, k_i, keep_i in pieces:
+        new = u_i - w_i @ state  # [B, H, C, V], the corrected values
+        outs.append(q_i @ state + score @ new)
+        state = state * keep_i + k_i @ new
+    return torch.stack(outs, 2), state
 
 
 def fla_gated_delta_rule(

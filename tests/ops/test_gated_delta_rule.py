@@ -232,3 +232,23 @@ def test_strictly_causal_and_reaches_every_later_token(op):
         moved = (op(*changed)[0] - before).abs().amax((0, 2, 3))
         assert moved[:t].max() < 1e-14, (NAMES[i], t)
         assert moved[t:].min() > 1e-13, (NAMES[i], t)
+
+
+@pytest.mark.parametrize("length", [48, 64, 75])
+def test_rows_side_by_side_equal_one_long_row(length):
+    """Packed rows of equal length give the same for rows=1 and rows=3, gradients included."""
+    torch.manual_seed(length)
+    bounds = [0, 5, length, length + 20, 2 * length, 3 * length, 3 * length, 3 * length]
+    cu_seqlens = torch.tensor(bounds, dtype=torch.int32)
+    shape = (1, 3 * length, 2)
+    q, k, v = (torch.randn(*shape, 8, dtype=torch.float64) for _ in range(3))
+    k = torch.nn.functional.normalize(k, dim=-1)
+    g, beta = -torch.rand(shape, dtype=torch.float64), torch.rand(shape, dtype=torch.float64)
+    inputs = [x.requires_grad_() for x in (q, k, v, g, beta)]
+    weight = torch.randn(*shape, 8, dtype=torch.float64)
+    results = []
+    for rows in (1, 3):
+        o, _ = chunk_gated_delta_rule(*inputs, cu_seqlens=cu_seqlens, rows=rows)
+        results.append([o, *torch.autograd.grad((o * weight).sum(), inputs)])
+    for one, side_by_side in zip(*results, strict=True):
+        assert_close_rms(side_by_side, one)
