@@ -1,7 +1,7 @@
 """Ranks and devices: process groups, DDP, gradient sums outside DDP, per-block compile.
 
 `parallelize` is the one place that decides how a module is spread; FSDP2 will be a second branch.
-Check: `pytest tests/test_distributed.py`.
+Check: `pytest tests/test_runs.py`.
 """
 
 from __future__ import annotations

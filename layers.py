@@ -49,8 +49,8 @@ class SeqInfo(NamedTuple):
     cu_seqlens: Tensor | None = None  # [N + 1] int32 document bounds when B = 1 is packed
     max_seqlen: int = 0  # an upper bound of the document length
     lengths: tuple[int, ...] | None = None  # document lengths on the host (eager CPU only)
+    mask: Tensor | None = None  # [T, T] bool, same document, where a kernel needs it
     rows: int = 1  # packed rows of equal length, each of which begins a document
-    mask: Tensor | None = None  # [T, T] bool, same document and causal, where a kernel needs it
 
 
 def rope_frequencies(config: ModelConfig, device=None) -> Tensor:

@@ -185,7 +185,7 @@ class Transformer(nn.Module):
                 time = torch.arange(length, device=device)
                 doc = torch.searchsorted(cu_seqlens, time, right=True)
                 mask = doc[:, None] == doc[None]
-        return SeqInfo(positions, cos, sin, cu_seqlens, max_seqlen or length, lengths, rows, mask)
+        return SeqInfo(positions, cos, sin, cu_seqlens, max_seqlen or length, lengths, mask, rows)
 
     def embed(self, input_ids: Tensor) -> Tensor:
         """[B, T] -> [B, T, d], in the compute type, so that the residual stream is too."""

@@ -256,8 +256,8 @@ def build_optimizer(
 def clip_grad_norm(params: Iterable[nn.Parameter], max_norm: float) -> Tensor:
     """Scale gradients in place to a total 2-norm of at most max_norm; 0 only measures.
 
-    Returns the norm before clipping, a float32 scalar on the gradients' device, without waiting for
-    the device. A norm that is not finite makes every gradient NaN or 0: check it before the step.
+    Returns the norm before clipping, a float32 scalar (float64 for such gradients) on the
+    gradients' device, without waiting for it. A norm that is not finite makes every gradient NaN or 0: check it before the step.
     Under DDP gradients are whole on each rank; FSDP2 shards are summed over their mesh.
     """
     grads = list({id(p): p.grad for p in params if p.grad is not None}.values())
@@ -268,7 +268,8 @@ def clip_grad_norm(params: Iterable[nn.Parameter], max_norm: float) -> Tensor:
         kinds[is_sharded(grad)].append(grad)  # foreach ops cannot mix shards and plain tensors
     totals = []
     for sharded, some in kinds.items():
-        norms = torch._foreach_norm(some, 2, dtype=torch.float32)
+        wide = any(grad.dtype == torch.float64 for grad in some)
+        norms = torch._foreach_norm(some, 2, dtype=torch.float64 if wide else torch.float32)
         norm = torch.linalg.vector_norm(torch.stack(norms))
         totals.append(norm.full_tensor() if sharded else norm)
     total = torch.linalg.vector_norm(torch.stack(totals))

@@ -168,6 +168,27 @@ class Table:
             self.path.write_text(json.dumps(self.rows, indent=1) + "\n")
 
 
+class Samples:
+    """The fixed prompts completed by teacher and student; each call is a row of samples.jsonl."""
+
+    def __init__(self, run: Run, teacher: Transformer, tokenizer):
+        self.run, self.teacher, self.tokenizer = run, teacher, tokenizer
+        self.theirs: list[str] = []
+
+    def write(self, student: Transformer) -> list[dict[str, str]]:
+        """prompt, teacher, student for each prompt; nothing on ranks other than 0."""
+        cfg = self.run.cfg
+        if not self.run.world.is_main or not cfg.sample_tokens:
+            return []
+        how = (self.tokenizer, cfg.sample_tokens, self.run.amp, cfg.sample_temperature)
+        self.theirs = self.theirs or completions(self.teacher, *how)
+        texts = zip(PROMPTS, self.theirs, completions(student, *how), strict=True)
+        rows = [{"prompt": p, "teacher": t, "student": s} for p, t, s in texts]
+        with open(self.run.folder / "samples.jsonl", "a") as f:
+            f.write(json.dumps({"step": self.run.step, "samples": rows}) + "\n")
+        return rows
+
+
 def distil(cfg: DistillConfig, argv: list[str]) -> None:
     layers, spec, convert = preflight(cfg)
     tokenizer = load_tokenizer(spec)
@@ -192,7 +213,9 @@ def distil(cfg: DistillConfig, argv: list[str]) -> None:
     if layers and convert and fresh:
         ids = torch.from_numpy(train_data.read(0, 128).astype("int64"))[None].to(world.device)
         worst = check_transfer(teacher, student, layers, ids)
-        run.logger.say(f"transfer self-test: q, k, v correlate at least {min(worst.values()):.4f}")
+        run.logger.say(
+            f"transfer self-test: q, k, v of every head within {max(worst.values()):.1e}"
+        )
         if cfg.calibrate_tokens:
             errors = calibrate(run, teacher, student, layers, train_data)
             mean = sum(errors.values()) / len(errors)
@@ -221,8 +244,18 @@ def distil(cfg: DistillConfig, argv: list[str]) -> None:
         converted = "student after transfer" if layers and convert else "student at start"
         table.add(converted, evaluator(student))
     restore_weights(run, student)
+    samples = Samples(run, teacher, tokenizer)
+
+    def evaluate_and_sample() -> dict[str, float]:
+        samples.write(student)
+        return evaluator(student)
+
     for plan in plans:
+        row = f"student after {plan.name}"
         if plan.name in run.done:
+            # A run killed between a stage's last checkpoint and its evaluation lacks the row.
+            if run.resumed["stage"] == plan.name and not table.has(row):
+                table.add(row, evaluator(student))
             continue
         set_trainable(student, plan.stage)
         if plan.name == "align":
@@ -232,10 +265,10 @@ def distil(cfg: DistillConfig, argv: list[str]) -> None:
             objective = HeadObjective(student, teacher, plan.stage, world, first)
         train_stage(
             run, plan, objective, train_data, student=student, teacher=teacher,
-            evaluate=lambda: evaluator(student),
+            evaluate=evaluate_and_sample,
         )  # fmt: skip
-        table.add(f"student after {plan.name}", evaluator(student))
-    conclude(run, cfg, table, teacher, student, tokenizer, spec)
+        table.add(row, evaluator(student))
+    conclude(run, cfg, table, samples, student, spec)
 
 
 def run_identity(cfg, layers, convert, plans: list[StagePlan], data: TokenDataset, dtype) -> dict:
@@ -272,23 +305,18 @@ def describe(run, cfg, teacher, student, layers, plans, train_data, data, kernel
         f"compute: {world.size} x {world.device.type}, {run.dtype}; softmax kernel {softmax}, "
         f"linear kernel {kernel}, compile {'on' if compile_wanted(cfg, world) else 'off'}"
     )
+    if layers and getattr(teacher.config, "attention_sink", False):
+        say("note: the attention sinks of converted layers are not carried over")
     for plan in plans:
         say(plan.line(world))
 
 
-def conclude(run, cfg, table, teacher, student, tokenizer, spec) -> None:
+def conclude(run, cfg, table, samples, student, spec) -> None:
     """The table, the samples, the saved student."""
     run.logger.table("held-out documents", table.rows)
-    if run.world.is_main and cfg.sample_tokens:
-        how = (tokenizer, cfg.sample_tokens, run.amp, cfg.sample_temperature)
-        theirs, ours = completions(teacher, *how), completions(student, *how)
-        rows = [
-            {"prompt": p, "teacher": t, "student": s}
-            for p, t, s in zip(PROMPTS, theirs, ours, strict=True)
-        ]
-        title = "completions" if cfg.sample_temperature else "greedy completions"
-        run.logger.table(title, rows)
-        (run.folder / "samples.json").write_text(json.dumps(rows, indent=1) + "\n")
+    rows = samples.write(student)
+    if rows:
+        run.logger.table("completions" if cfg.sample_temperature else "greedy completions", rows)
     if run.world.is_main and cfg.save_model:
         folder = run.folder / "model"
         kind = save_model(student, folder, tokenizer_from=spec)

@@ -42,7 +42,7 @@ def weights(folder) -> dict[str, torch.Tensor]:
 def test_distillation_end_to_end(tiny_teacher, tiny_data, tmp_path, capsys):
     call_script("train_kd", *kd_flags(tiny_teacher, tiny_data, tmp_path, "a"))
     out, run = capsys.readouterr().out, tmp_path / "a"
-    assert "FLLF" in out and re.search(r"transfer self-test: .* 1\.0", out)
+    assert "FLLF" in out and re.search(r"transfer self-test: .* within \d\.\de-0[67]", out)
     table = {r["model"]: r for r in json.loads((run / "table.json").read_text())}
     assert list(table) == [
         "teacher", "converted attention outputs zeroed", "student after transfer",
@@ -52,7 +52,7 @@ def test_distillation_end_to_end(tiny_teacher, tiny_data, tmp_path, capsys):
     assert kl["teacher"] == 0 and table["teacher"]["top-1"] == 1
     assert kl["student after align"] < kl["student after transfer"]
     assert kl["student after distill"] < kl["student after align"]
-    samples = json.loads((run / "samples.json").read_text())
+    samples = json.loads((run / "samples.jsonl").read_text().splitlines()[-1])["samples"]
     assert len(samples) == 3 and all({"prompt", "teacher", "student"} <= set(s) for s in samples)
     config = (run / "config.yaml").read_text()
     assert "layers: 1,2" in config and "commit:" in config and "command: train_kd.py" in config
@@ -104,6 +104,32 @@ def test_other_losses_train_all_parameters(tiny_teacher, tiny_data, tmp_path, lo
     assert sum(values[-3:]) < sum(values[:3])
     before, after = weights(tiny_teacher), weights(tmp_path / "a" / "model")
     assert not torch.equal(before["embed_tokens.weight"], after["embed_tokens.weight"])
+
+
+def test_long_stage_and_evaluations_on_the_way(tiny_teacher, tiny_data, tmp_path):
+    flags = kd_flags(tiny_teacher, tiny_data, tmp_path, "a", "--stages=distill,long")
+    call_script(
+        "train_kd", *flags, "--long_seq_len=64", "--long_batch_tokens=128", "--long_lr=1e-3",
+        "--max_steps=6", "--eval_every=2",
+    )  # fmt: skip
+    assert len(metric_rows(tmp_path / "a", "kl")) == 6  # long is cross-entropy
+    assert sorted(metric_rows(tmp_path / "a", "ce")) == list(range(7, 13))
+    rows = [json.loads(line) for line in (tmp_path / "a" / "samples.jsonl").open()]
+    assert [row["step"] for row in rows] == [2, 4, 8, 10, 12]
+
+
+def test_smoke_commands_in_small(tmp_path, capsys):
+    """What `make smoke` runs, on the embedded corpus, for a few steps."""
+    out = f"--save_model_dir={tmp_path}"
+    small = ["--torch_compile=False", "--device=cpu", "--eval_tokens=1024", "--sample_tokens=4"]
+    call_script("train", "--config", "configs/smoke.yaml", *small, "--max_steps=12", "--run=s", out)
+    assert "x the unigram entropy" in capsys.readouterr().out
+    call_script(
+        "train_kd", "--config", "configs/smoke-kd.yaml", "--teacher", f"{tmp_path}/s/model",
+        "--layers", "3:1", *small, "--max_steps=4", "--run=k", out,
+    )  # fmt: skip
+    out = capsys.readouterr().out
+    assert "LLLF" in out and "student after distill" in out
 
 
 def test_pretraining_end_to_end(tiny_data, tmp_path, capsys):

@@ -1,0 +1,154 @@
+"""Align and distill objectives on tiny models: identities, masks, splits, kept rows."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from conftest import tiny_config
+from kit import assert_close_rms
+
+from config import StageConfig
+from data import TokenDataset, pack_rows
+from distributed import World
+from hybrid_layers import convert_layers
+from model import Transformer
+from objectives import AlignObjective, HeadObjective
+
+ONE = World(0, 1, torch.device("cpu"))
+LAYERS = [1, 2]
+
+
+@pytest.fixture(scope="module")
+def teacher():
+    torch.manual_seed(5)
+    model = Transformer(tiny_config())
+    model.init_weights()
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.dim() == 2:
+                p.mul_(4)
+    return model.double().requires_grad_(False)
+
+
+@pytest.fixture(scope="module")
+def data(tiny_data):
+    return TokenDataset.open(tiny_data, "train")
+
+
+def make_student(teacher, **how):
+    """Converted, with an open gate: uncalibrated it is shut and most gradients are zero."""
+    student = convert_layers(teacher, LAYERS, **how)
+    for i in LAYERS:
+        mixer = student.layers[i].linear_attn.double()
+        torch.manual_seed(i)
+        torch.nn.init.normal_(mixer.g_proj.weight)
+    return student if how else student.double()
+
+
+def count(batches) -> torch.Tensor:
+    return torch.tensor(float(sum(b.num_valid for b in batches)), dtype=torch.float64)
+
+
+def gradients(objective, batches) -> tuple[dict, dict]:
+    for p in objective.params.values():
+        p.grad = None
+    sums = objective.backward(batches, count(batches))
+    return sums, {n: p.grad.clone() for n, p in objective.params.items()}
+
+
+def test_align_gives_every_layer_the_teachers_input_and_output(teacher, data):
+    """The teacher's own attention in the mixer's place has loss 0; any other layer's has not."""
+    student = make_student(teacher)
+    batches = [pack_rows(data, [0, 3], 40, True)]
+    for source, right in ((LAYERS, True), ([2, 1], False)):
+        for i, j in zip(LAYERS, source, strict=True):
+            student.layers[i].linear_attn = copy.deepcopy(teacher.layers[j].self_attn)
+            student.layers[i].linear_attn.requires_grad_(True)
+        sums = AlignObjective(student, teacher, LAYERS, ONE).backward(batches, count(batches))
+        losses = [sums[f"layer_{i}"].item() for i in LAYERS]
+        assert max(losses) < 1e-12 if right else min(losses) > 1e-2
+
+
+def test_align_layers_are_independent(teacher, data):
+    """Ruining one mixer changes nothing for the other."""
+    student = make_student(teacher)
+    batches = [pack_rows(data, [1], 40, True)]
+    objective = AlignObjective(student, teacher, LAYERS, ONE)
+    _, before = gradients(objective, batches)
+    with torch.no_grad():
+        student.layers[1].linear_attn.o_proj.weight.mul_(-3)
+    _, after = gradients(objective, batches)
+    for name in before:
+        same = torch.equal(before[name], after[name])
+        assert same == name.startswith("layers.2."), name
+    assert objective.clip(1e-3) > 1e-3
+    for i in LAYERS:
+        grads = [p.grad for p in student.layers[i].linear_attn.parameters()]
+        assert torch.stack([g.norm() for g in grads]).norm() == pytest.approx(1e-3, rel=1e-3)
+
+
+def test_kept_rows_give_what_the_teacher_gave(teacher, data):
+    student = make_student(teacher)
+    objective = AlignObjective(student, teacher, LAYERS, ONE, keep=True)
+    first = gradients(objective, [pack_rows(data, [0, 3], 40, True)])
+    assert sorted(objective.held) == [0, 3]
+    broken = AlignObjective(student, None, LAYERS, ONE, keep=True)
+    broken.teacher, broken.held = copy.deepcopy(teacher), objective.held
+    broken.teacher.layers = None  # must not be asked again
+    again = gradients(broken, [pack_rows(data, [3, 0], 40, True)])  # in another order
+    assert first[0]["loss"] == pytest.approx(again[0]["loss"].item(), rel=1e-12)
+    for name, grad in first[1].items():
+        assert_close_rms(again[1][name], grad, 1e-9, name)
+
+
+def test_align_does_not_depend_on_micro_batches(teacher, data):
+    student = make_student(teacher)
+    objective = AlignObjective(student, teacher, LAYERS, ONE)
+    whole = gradients(objective, [pack_rows(data, [0, 1, 2, 3], 40, True)])
+    split = gradients(objective, [pack_rows(data, [i], 40, True) for i in range(4)])
+    assert whole[0]["loss"] == pytest.approx(split[0]["loss"].item(), rel=1e-12)
+    for name, grad in whole[1].items():
+        assert_close_rms(split[1][name], grad, 1e-9, name)
+
+
+@pytest.mark.parametrize("kd_weight", [1.0, 0.0], ids=["distill", "cross-entropy"])
+def test_head_losses_do_not_depend_on_micro_batches(teacher, data, kd_weight):
+    """Rows with different numbers of valid labels: a mean of means would differ."""
+    student = make_student(teacher)
+    stage = StageConfig(kd_weight=kd_weight, ce_weight=0.3)
+    rows = [0, 1, 2, 3]
+    valid = {pack_rows(data, [i], 40, True).num_valid for i in rows}
+    assert len(valid) > 1
+    objective = HeadObjective(student, teacher, stage, ONE)
+    whole = gradients(objective, [pack_rows(data, rows, 40, True)])
+    split = gradients(objective, [pack_rows(data, [i], 40, True) for i in rows])
+    assert whole[0]["loss"] == pytest.approx(split[0]["loss"].item(), rel=1e-9)
+    for name, grad in whole[1].items():
+        assert_close_rms(split[1][name], grad, 1e-7, name)
+
+
+def test_distilling_the_teacher_into_itself_costs_nothing(teacher, data):
+    student = copy.deepcopy(teacher).requires_grad_(True)
+    batches = [pack_rows(data, [0, 1], 40, True)]
+    sums, grads = gradients(HeadObjective(student, teacher, StageConfig(), ONE), batches)
+    assert abs(sums["loss"].item()) < 1e-12
+    assert max(g.abs().max().item() for g in grads.values()) < 1e-9
+
+
+def test_a_shared_trunk_changes_nothing(teacher, data):
+    """Blocks before the first converted layer computed once for both: same loss and gradients."""
+    batches = [pack_rows(data, [0, 1], 40, True)]
+    stage = StageConfig(train="mixers")
+    alone = make_student(teacher)
+    for name, p in alone.named_parameters():
+        p.requires_grad_(".linear_attn." in name)
+    shared = make_student(teacher, share_trunk=True)
+    a = gradients(HeadObjective(alone, teacher, stage, ONE), batches)
+    b = gradients(HeadObjective(shared, teacher, stage, ONE, first=min(LAYERS)), batches)
+    assert a[1].keys() == b[1].keys() and all(".linear_attn." in n for n in a[1])
+    assert a[0]["loss"] == pytest.approx(b[0]["loss"].item(), rel=1e-9)
+    for name, grad in a[1].items():
+        assert_close_rms(b[1][name], grad, 1e-7, name)
+    assert all(p.grad is None for p in teacher.parameters())
