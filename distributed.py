@@ -123,6 +123,14 @@ def all_sum(t: Tensor, world: World) -> Tensor:
     return t
 
 
+@torch.no_grad()
+def broadcast(params: Iterable[Tensor], world: World) -> None:
+    """Give every rank rank 0's values, in place."""
+    if world.size > 1:
+        for p in params:
+            dist.broadcast(p, src=0)
+
+
 def sum_gradients(params: Iterable[nn.Parameter], world: World) -> None:
     """Sum gradients over ranks in one flat message (for modules called outside DDP)."""
     if world.size == 1:

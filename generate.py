@@ -41,14 +41,16 @@ def generate(
     cache = model.new_cache()
     step = torch.tensor([ids], device=device)
     new: list[int] = []
-    while len(new) < max_new_tokens:
-        hidden = model(step, cache=cache)[:, -1]
-        logits = torch.nn.functional.linear(hidden, model.head_weight).float()[0]
-        token = pick(logits, temperature, top_p, generator)
-        new.append(token)
-        if token == eos:
-            break
-        step = torch.tensor([[token]], device=device)
+    # Lengths differ every step: compiled blocks would compile again and again.
+    with torch.compiler.set_stance("force_eager"):
+        while len(new) < max_new_tokens:
+            hidden = model(step, cache=cache)[:, -1]
+            logits = torch.nn.functional.linear(hidden, model.head_weight).float()[0]
+            token = pick(logits, temperature, top_p, generator)
+            new.append(token)
+            if token == eos:
+                break
+            step = torch.tensor([[token]], device=device)
     return new
 
 

@@ -257,7 +257,8 @@ def clip_grad_norm(params: Iterable[nn.Parameter], max_norm: float) -> Tensor:
     """Scale gradients in place to a total 2-norm of at most max_norm; 0 only measures.
 
     Returns the norm before clipping, a float32 scalar (float64 for such gradients) on the
-    gradients' device, without waiting for it. A norm that is not finite makes every gradient NaN or 0: check it before the step.
+    gradients' device, without waiting for it. A norm that is not finite makes every gradient NaN
+    or 0: check it before the step.
     Under DDP gradients are whole on each rank; FSDP2 shards are summed over their mesh.
     """
     grads = list({id(p): p.grad for p in params if p.grad is not None}.values())

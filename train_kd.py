@@ -20,7 +20,16 @@ import torch
 from cli import run_main
 from config import DistillConfig, StageConfig, UserError, parse_layers
 from data import PackedLoader, TokenDataset, eval_batches
-from distributed import World, choose_device, compile_blocks, main_first, start, stop, this_process
+from distributed import (
+    World,
+    broadcast,
+    choose_device,
+    compile_blocks,
+    main_first,
+    start,
+    stop,
+    this_process,
+)
 from evaluate import PROMPTS, Evaluator, completions, inputs, zeroed_attention
 from hf import fingerprint, load_model, read_config, save_model, tokenizer_spec
 from hybrid_layers import check_transfer, convert_config, convert_layers, mixer_parameters
@@ -77,6 +86,9 @@ def preflight(cfg: DistillConfig) -> tuple[list[int], str, bool]:
             )
         if not layers:
             raise UserError("--layers: none found, align needs at least one converted layer")
+    for name in cfg.stage_names():
+        if not layers and getattr(cfg, name).train == "mixers":
+            raise UserError(f"--layers: none found, but {name} trains mixers (--{name}_train)")
     spec = cfg.tokenizer or tokenizer_spec(cfg.teacher)
     tokenizer = load_tokenizer(spec)
     if tokenizer.vocab_size > config.vocab_size:
@@ -211,7 +223,8 @@ def distil(cfg: DistillConfig, argv: list[str]) -> None:
     describe(run, cfg, teacher, student, layers, plans, train_data, data, kernel, shared)
     fresh = run.resumed_from is None
     if layers and convert and fresh:
-        ids = torch.from_numpy(train_data.read(0, 128).astype("int64"))[None].to(world.device)
+        ids = train_data.read(0, min(128, train_data.num_tokens))
+        ids = torch.from_numpy(ids)[None].to(world.device)
         worst = check_transfer(teacher, student, layers, ids)
         run.logger.say(
             f"transfer self-test: q, k, v of every head within {max(worst.values()):.1e}"
@@ -220,6 +233,8 @@ def distil(cfg: DistillConfig, argv: list[str]) -> None:
             errors = calibrate(run, teacher, student, layers, train_data)
             mean = sum(errors.values()) / len(errors)
             run.logger.say(f"calibrated on {cfg.calibrate_tokens} tokens: mean error {mean:.3f}")
+        # The fits round differently on different devices, and align has no DDP to level that.
+        broadcast(mixer_parameters(student).values(), world)
     if cfg.dry_run:
         run.logger.say("dry run: nothing trained")
         finish(run)
@@ -325,7 +340,7 @@ def conclude(run, cfg, table, samples, student, spec) -> None:
 
 
 def default_preset(flags: dict[str, str]) -> str:
-    """The preset of this machine's device; which one is said on stdout."""
+    """The preset of this machine's device."""
     device = flags.get("device", "auto").lower()
     cuda = choose_device("auto").type == "cuda" if device == "auto" else device == "cuda"
     return "configs/smollm2.yaml" if cuda else "configs/smollm2-cpu.yaml"
