@@ -183,7 +183,7 @@ def run_main(cls, main, argv: list[str] | None = None, default_preset=None) -> N
         if preset is None and default_preset is not None:
             preset = default_preset(flags)
             if os.environ.get("RANK", "0") == "0":
-                print(f"no --config: taking {preset}", flush=True)
+                print(f"preset: {preset} (no --config given)", flush=True)
         main(load_config(cls, flags, preset), argv)
     except UserError as e:
         if os.environ.get("RANK", "0") == "0":
