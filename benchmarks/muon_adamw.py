@@ -61,7 +61,7 @@ def train_once(cfg, config, data, batches, *, use_muon: bool, lr: float, steps: 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--steps", type=int, default=150)
-    parser.add_argument("--grid", default="1e-3,3e-3,1e-2", help="learning rates of both")
+    parser.add_argument("--grid", default="3e-4,1e-3,3e-3,1e-2,3e-2", help="learning rates of both")
     args = parser.parse_args()
     cfg = load_config(PretrainConfig, {}, "configs/smoke.yaml")
     tokenizer = load_tokenizer(cfg.tokenizer)
