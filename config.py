@@ -25,6 +25,7 @@ def opt(default, text, *, choices=None, low=None, high=None):
     return field(default=default, metadata=meta)
 
 
+FEATURE_MAPS = ("identity", "elu", "hedgehog")
 LAYER_TYPES = ("full_attention", "sliding_attention", "linear_attention")
 
 
@@ -59,6 +60,8 @@ class ModelConfig:
     linear_conv_kernel_dim: int = 4  # width of the short convolution
     linear_bias: bool = False  # biases on q, k, v of linear layers
     linear_rope: bool = False  # rotate q and k of linear layers
+    linear_feature_map: str = "elu"  # of linear_attention: one of FEATURE_MAPS
+    linear_window: int = 64  # softmax window of hedgehog_window, tokens
     bos_token_id: int | None = None  # None = the tokenizer has none
     eos_token_id: int | None = None  # written at the end of every document
 
@@ -80,7 +83,7 @@ class ModelConfig:
         """Raise UserError for shapes no forward pass could use."""
         for name in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
                      "num_attention_heads", "num_key_value_heads", "head_dim",
-                     "linear_conv_kernel_dim"):  # fmt: skip
+                     "linear_conv_kernel_dim", "linear_window"):  # fmt: skip
             if getattr(self, name) < 1:
                 raise UserError(f"{name}: {getattr(self, name)} found, a positive number expected")
         if self.num_attention_heads % self.num_key_value_heads:
@@ -109,6 +112,11 @@ class ModelConfig:
             raise UserError(f"mixer: {len(self.mixer)} names found, {n_linear} expected")
         if self.linear_rope and n_linear and self.linear_key_head_dim != self.head_dim:
             raise UserError("linear_rope: needs linear_key_head_dim equal to head_dim")
+        if self.linear_feature_map not in FEATURE_MAPS:
+            raise UserError(
+                f"linear_feature_map: '{self.linear_feature_map}' found, one of {FEATURE_MAPS} "
+                "expected"
+            )
         scaling = (self.rope_scaling or {}).get("rope_type", "default")
         if scaling not in ("default", "llama3"):
             raise UserError(f"rope_scaling: type '{scaling}' found, default or llama3 expected")
@@ -263,6 +271,8 @@ class PretrainConfig(TrainConfig, Recipe):
     layers: str = opt("", "layers that start linear: 10,14,20 | all | 3:1; empty = none")
     keep_layers: str = opt("", "the complement: layers that stay softmax")
     mixer: str = opt("gated_deltanet", "linear mixer, or one name per linear layer")
+    linear_feature_map: str = opt("elu", "of the mixer linear_attention", choices=FEATURE_MAPS)
+    linear_window: int = opt(64, "softmax window of the mixer hedgehog_window, tokens", low=1)
     batch_size: int = opt(8, "rows per micro-batch and rank", low=1)
 
     def stage(self, rows_in_data: int) -> StageConfig:
@@ -290,6 +300,8 @@ class DistillConfig(TrainConfig):
     keep_layers: str = opt("", "the complement: layers that stay softmax")
     mixer: str = opt("gated_deltanet", "linear mixer, or one name per linear layer")
     linear_rope: bool = opt(False, "rotate q and k of linear layers too (native format only)")
+    linear_feature_map: str = opt("elu", "of the mixer linear_attention", choices=FEATURE_MAPS)
+    linear_window: int = opt(64, "window of hedgehog_window and sliding_window, tokens", low=1)
     calibrate_tokens: int = opt(2048, "training tokens that set output scales; 0 = off", low=0)
     stages: str = opt("align,distill", "stages to run, in order: align, distill, long")
     share_trunk: str = opt("auto", "one copy of the frozen trunk for teacher and student; "

@@ -1,12 +1,13 @@
-"""Hugging Face folders in and out; the only file that knows their key names.
+"""Hugging Face folders in and out; with `hf_hybrids.py` the only file that knows their key names.
 
     config, model, tokenizer_spec = load_model("models/smollm2-135m")
     save_model(model, "runs/x/model", tokenizer_from="models/smollm2-135m")
 
-Reads llama, qwen2, qwen3 (single or indexed safetensors, config spelling of transformers 4 and 5)
-and our own `retort` format, which adds hybrids. Plain models are written as the stock class they
-fit, everything else as `retort`, which stock libraries cannot load.
-Check: `pytest tests/test_hf.py`.
+Reads llama, qwen2, qwen3 (single or indexed safetensors, config spelling of transformers 4 and 5),
+the hybrids qwen3_5_text and bamba, and our own `retort` format, which holds every model. Plain
+models are written as the stock class they fit, everything else as `retort`, which stock libraries
+cannot load, unless a format is named; `scripts/export.py` names one and checks the result.
+Check: `pytest tests/test_hf.py tests/test_export.py`.
 """
 
 from __future__ import annotations
@@ -22,10 +23,13 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+import hf_hybrids
 from config import ModelConfig, UserError
 from model import Transformer
 
-MODEL_TYPES = ("llama", "qwen2", "qwen3", "retort")
+PLAIN = ("llama", "qwen2", "qwen3")
+HYBRIDS = ("qwen3_5_text", "bamba")
+MODEL_TYPES = (*PLAIN, *HYBRIDS, "retort")
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -56,6 +60,11 @@ def read_config(folder: str | Path) -> ModelConfig:
         raise UserError(f"{folder}: no config.json, a Hugging Face or retort model folder expected")
     raw = _read_json(path)
     kind = raw.get("model_type")
+    if "text_config" in raw:
+        raise UserError(
+            f"{path}: a text model nested in text_config found (model_type '{kind}'), "
+            "the text model alone expected"
+        )
     if kind not in MODEL_TYPES:
         raise UserError(
             f"{path}: model_type '{kind}' found, one of {', '.join(MODEL_TYPES)} expected"
@@ -77,8 +86,7 @@ def _from_hf(raw: dict, path: Path) -> ModelConfig:
                 "num_attention_heads"):  # fmt: skip
         if not isinstance(raw.get(key), int):
             raise UserError(f"{path}: {key} is {raw.get(key)}, a whole number expected")
-    for key, plain in (("hidden_act", "silu"), ("mlp_bias", False), ("quantization_config", None),
-                       ("partial_rotary_factor", 1.0)):  # fmt: skip
+    for key, plain in (("hidden_act", "silu"), ("mlp_bias", False), ("quantization_config", None)):
         if raw.get(key, plain) not in (plain, None):
             raise UserError(f"{path}: {key} {raw[key]} is not supported, {plain} expected")
     rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}  # v5 or v4 spelling
@@ -86,12 +94,19 @@ def _from_hf(raw: dict, path: Path) -> ModelConfig:
     theta = rope.pop("rope_theta", None) or raw.get("rope_theta") or 10000.0
     if "type" in rope:  # an older v4 spelling
         rope.setdefault("rope_type", rope.pop("type"))
-    if rope.pop("partial_rotary_factor", 1.0) != 1.0:
-        raise UserError(f"{path}: partial_rotary_factor is not supported, 1.0 expected")
+    default = hf_hybrids.ROTARY_SHARE.get(kind, 1.0)
+    if kind != "bamba":  # which reads it in rope_parameters alone
+        default = raw.get("partial_rotary_factor") or default
+    share = rope.pop("partial_rotary_factor", None) or default
+    if share != 1.0:
+        raise UserError(f"{path}: partial_rotary_factor {share} is not supported, 1.0 expected")
     heads = raw["num_attention_heads"]
     bias = bool(raw.get("attention_bias", False))
     window, kinds = _windows(raw)
     eos, bos = raw.get("eos_token_id"), raw.get("bos_token_id")
+    layers = {"layer_types": kinds}
+    if kind in HYBRIDS:
+        layers = hf_hybrids.from_config(raw, path)
     return ModelConfig(
         vocab_size=raw["vocab_size"],
         hidden_size=raw["hidden_size"],
@@ -107,10 +122,10 @@ def _from_hf(raw: dict, path: Path) -> ModelConfig:
         tie_word_embeddings=bool(raw.get("tie_word_embeddings", False)),
         attention_bias=True if kind == "qwen2" else bias,
         attention_output_bias=False if kind == "qwen2" else bias,
-        qk_norm=kind == "qwen3",
+        qk_norm=kind in ("qwen3", "qwen3_5_text"),
         sliding_window=window,
         initializer_range=raw.get("initializer_range", 0.02),
-        layer_types=kinds,
+        **layers,
         bos_token_id=bos[0] if isinstance(bos, list) else bos,
         eos_token_id=eos[0] if isinstance(eos, list) else eos,
     )
@@ -119,7 +134,7 @@ def _from_hf(raw: dict, path: Path) -> ModelConfig:
 def _windows(raw: dict) -> tuple[int, list[str]]:
     """(window, layer types); qwen2/3 switch windows on from layer `max_window_layers`."""
     n = raw["num_hidden_layers"]
-    if raw["model_type"] == "llama" or not raw.get("use_sliding_window"):
+    if raw["model_type"] not in ("qwen2", "qwen3") or not raw.get("use_sliding_window"):
         return 0, ["full_attention"] * n
     first = raw.get("max_window_layers", 28)
     kinds = raw.get("layer_types") or [
@@ -186,21 +201,24 @@ def load_model(
     """The model of a folder with its weights, in `dtype` (None: as stored). UserError when the
     weights do not fit the config, naming the first key."""
     config = read_config(folder)
+    kind = _read_json(Path(folder) / "config.json")["model_type"]
     with torch.device("meta"):
         model = Transformer(config)
     wanted = dict(model.state_dict())
+    found = {key.removeprefix("model."): t for key, t in read_weights(folder).items()}
+    if kind in HYBRIDS:
+        found = hf_hybrids.from_weights(found, config, kind, folder)
     tensors = {}
-    for key, tensor in read_weights(folder).items():
-        name = key.removeprefix("model.")
+    for name, tensor in found.items():
         if name.endswith("rotary_emb.inv_freq"):
             continue
         if name == "lm_head.weight" and config.tie_word_embeddings:
             continue
         if name not in wanted:
-            raise UserError(f"{folder}: weight {key} found, the config has no place for it")
+            raise UserError(f"{folder}: weight {name} found, the config has no place for it")
         if tensor.shape != wanted[name].shape:
             raise UserError(
-                f"{folder}: weight {key} has shape {tuple(tensor.shape)}, "
+                f"{folder}: weight {name} has shape {tuple(tensor.shape)}, "
                 f"{tuple(wanted[name].shape)} expected"
             )
         tensors[name] = tensor.to(device=device, dtype=dtype or tensor.dtype)
@@ -211,35 +229,115 @@ def load_model(
     return model
 
 
-def stock_type(config: ModelConfig) -> str | None:
-    """The transformers class a plain model fits, or None (only `retort` holds it)."""
-    if "linear_attention" in config.layer_types or config.attention_sink:
-        return None
-    sliding = "sliding_attention" in config.layer_types
+# ---- which format holds which model
+
+
+def _unfit_plain(config: ModelConfig) -> str | None:
+    """What no plain class holds."""
+    if "linear_attention" in config.layer_types:
+        i = config.layer_types.index("linear_attention")
+        return f"layer {i} is linear ({config.mixer_name(i)}), softmax layers only expected"
+    return "attention sinks found, none expected" if config.attention_sink else None
+
+
+def unfit_llama(config: ModelConfig) -> str | None:
+    """Why LlamaForCausalLM cannot hold the model, or None."""
+    if reason := _unfit_plain(config):
+        return reason
     if config.qk_norm:
-        return "qwen3" if config.attention_bias == config.attention_output_bias else None
-    if config.attention_bias and not config.attention_output_bias:
-        return (
-            "qwen2" if config.head_dim * config.num_attention_heads == config.hidden_size else None
-        )
-    return None if sliding or config.attention_bias != config.attention_output_bias else "llama"
+        return "softmax layers with q/k-norm (Qwen3) found, none expected"
+    if "sliding_attention" in config.layer_types:
+        i = config.layer_types.index("sliding_attention")
+        return f"layer {i} has a sliding window, full attention expected"
+    if config.attention_bias != config.attention_output_bias:
+        return "biases on only some of q, k, v, o found, all or none expected"
+    return None
 
 
-def to_hf_config(config: ModelConfig, dtype: torch.dtype) -> dict:
-    """config.json of the stock class, in the spelling that transformers 4 and 5 both read."""
-    kind = stock_type(config)
+def unfit_qwen2(config: ModelConfig) -> str | None:
+    """Why Qwen2ForCausalLM cannot hold the model, or None."""
+    if reason := _unfit_plain(config):
+        return reason
+    if config.qk_norm:
+        return "softmax layers with q/k-norm (Qwen3) found, none expected"
+    if not config.attention_bias or config.attention_output_bias:
+        return "other biases than Qwen2's found, q, k, v with a bias and o without expected"
+    if config.head_dim * config.num_attention_heads != config.hidden_size:
+        return f"head_dim {config.head_dim} found, hidden_size / heads expected"
+    return None
+
+
+def unfit_qwen3(config: ModelConfig) -> str | None:
+    """Why Qwen3ForCausalLM cannot hold the model, or None."""
+    if reason := _unfit_plain(config):
+        return reason
+    if not config.qk_norm:
+        return "softmax layers without q/k-norm (Llama, Qwen2) found, Qwen3's q/k-norm expected"
+    if config.attention_bias != config.attention_output_bias:
+        return "biases on only some of q, k, v, o found, all or none expected"
+    return None
+
+
+def unfit_retort(config: ModelConfig) -> str | None:
+    """None: our own format holds every model."""
+    return None
+
+
+def unfit_fla(config: ModelConfig) -> str | None:
+    """Always a reason."""
+    return (
+        "its hybrid class cannot be imported without flash-attn, so that no export to it could be "
+        "checked; --format retort holds every model"
+    )
+
+
+# In the order of preference.
+FORMATS = {
+    "llama": unfit_llama,
+    "qwen2": unfit_qwen2,
+    "qwen3": unfit_qwen3,
+    "qwen3_5_text": hf_hybrids.unfit_qwen3_5_text,
+    "bamba": hf_hybrids.unfit_bamba,
+    "retort": unfit_retort,
+    "fla": unfit_fla,
+}
+
+
+def stock_type(config: ModelConfig) -> str | None:
+    """The transformers class a plain model fits, or None (`retort` holds it, maybe a hybrid)."""
+    return next((kind for kind in PLAIN if FORMATS[kind](config) is None), None)
+
+
+def stored_state(model: Transformer, kind: str, dtype: torch.dtype | None) -> dict[str, Tensor]:
+    """The model's tensors in the types that a folder of format `kind` holds, on the CPU: `dtype`
+    (None: their own), but the hybrids' `WIDE` ones in float32 at least."""
+    out = {}
+    for name, tensor in model.state_dict().items():
+        to = dtype or tensor.dtype
+        if kind in HYBRIDS and name.endswith(hf_hybrids.WIDE):
+            to = torch.promote_types(to, torch.float32)
+        out[name] = tensor.detach().to("cpu", to)
+    return out
+
+
+def to_hf_config(config: ModelConfig, kind: str, dtype: torch.dtype) -> dict:
+    """config.json of the stock class; for plain ones in the spelling that transformers 4 and 5
+    both read."""
     name = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
     same = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
             "num_attention_heads", "num_key_value_heads", "head_dim", "rms_norm_eps",
-            "rope_theta", "max_position_embeddings", "tie_word_embeddings", "initializer_range",
-            "bos_token_id", "eos_token_id")  # fmt: skip
-    out = {"architectures": [name[kind]], "model_type": kind, "hidden_act": "silu"}
+            "max_position_embeddings", "tie_word_embeddings", "initializer_range",
+            "attention_bias", "bos_token_id", "eos_token_id")  # fmt: skip
+    out = {"model_type": kind, "hidden_act": "silu"}
     out.update({key: getattr(config, key) for key in same})
-    out["attention_bias"] = config.attention_bias
+    out["dtype"] = out["torch_dtype"] = str(dtype).removeprefix("torch.")
+    if kind in HYBRIDS:
+        return out | hf_hybrids.to_config(config, kind)
+    out["architectures"] = [name[kind]]
+    out["rope_theta"] = config.rope_theta
     out["rope_scaling"] = config.rope_scaling
     rope = config.rope_scaling or {"rope_type": "default"}
     out["rope_parameters"] = {**rope, "rope_theta": config.rope_theta}
-    out["dtype"] = out["torch_dtype"] = str(dtype).removeprefix("torch.")
     if kind == "llama":
         out["mlp_bias"] = False
     elif "sliding_attention" in config.layer_types:
@@ -256,33 +354,38 @@ def save_model(
     *,
     tokenizer_from: str | Path,
     dtype: torch.dtype | None = None,
+    format: str = "auto",  # noqa: A002, the word users type
 ) -> str:
     """Write a model folder (atomically, replacing one of the same name) and return its format.
 
-    tokenizer_from: a folder whose tokenizer files travel along, or the name of a tokenizer.
+    tokenizer_from: a folder whose tokenizer files travel along, a tokenizer.json, or the name of a
+    tokenizer. format: one of FORMATS; auto = the plain class that fits, else retort. UserError when
+    the format cannot hold the model.
     """
+    if format not in ("auto", *FORMATS):
+        raise UserError(f"--format: '{format}' found, auto, {', '.join(FORMATS)} expected")
+    kind = (stock_type(model.config) or "retort") if format == "auto" else format
+    if reason := FORMATS[kind](model.config):
+        raise UserError(f"--format {kind}: {reason}")
     folder = Path(folder)
     tmp = folder.with_name(folder.name + ".tmp")
     shutil.rmtree(tmp, ignore_errors=True)
     tmp.mkdir(parents=True)
     stored = dtype or model.embed_tokens.weight.dtype
-    kind = stock_type(model.config)
-    if kind is None:
+    if kind == "retort":
         raw = {"model_type": "retort", "retort": dataclasses.asdict(model.config)}
     else:
-        raw = to_hf_config(model.config, stored)
-    source = Path(tokenizer_from)
-    if source.is_dir():
-        for name in TOKENIZER_FILES:
-            if (source / name).is_file():
-                shutil.copyfile(source / name, tmp / name)
-    if not (tmp / "tokenizer.json").is_file():
+        raw = to_hf_config(model.config, kind, stored)
+    if not _copy_tokenizer(Path(tokenizer_from).expanduser(), tmp, kind):
         raw["retort_tokenizer"] = str(tokenizer_from)
     (tmp / "config.json").write_text(json.dumps(raw, indent=2) + "\n")
+    state = stored_state(model, kind, dtype)
+    if kind in HYBRIDS:
+        state = hf_hybrids.to_weights(state, model.config, kind)
     tensors = {}
-    for name, tensor in model.state_dict().items():
+    for name, tensor in state.items():
         key = name if name.startswith("lm_head.") else f"model.{name}"
-        tensors[key] = tensor.detach().to("cpu", dtype or tensor.dtype).contiguous()
+        tensors[key] = tensor.contiguous()
     _write_weights(tensors, tmp)
     old = folder.with_name(folder.name + ".old")
     if folder.exists():
@@ -290,7 +393,36 @@ def save_model(
         folder.rename(old)
     tmp.rename(folder)
     shutil.rmtree(old, ignore_errors=True)
-    return kind or "retort"
+    return kind
+
+
+def _copy_tokenizer(source: Path, folder: Path, kind: str) -> bool:
+    """Copy the tokenizer's files, if there are any; whether `folder` has a tokenizer.json then."""
+    if source.is_dir():
+        for name in TOKENIZER_FILES:
+            if (source / name).is_file():
+                shutil.copyfile(source / name, folder / name)
+    elif source.suffix == ".json" and source.is_file():
+        shutil.copyfile(source, folder / "tokenizer.json")
+        if (source.parent / "tokenizer_config.json").is_file():
+            shutil.copyfile(
+                source.parent / "tokenizer_config.json", folder / "tokenizer_config.json"
+            )
+    if not (folder / "tokenizer.json").is_file():
+        return False
+    path = folder / "tokenizer_config.json"
+    if kind in HYBRIDS or (kind in PLAIN and not path.is_file()):
+        _set_tokenizer_class(path)
+    return True
+
+
+def _set_tokenizer_class(path: Path) -> None:
+    """Have transformers run tokenizer.json itself. Without it the model type decides on a class,
+    which may split text by rules of its own: other ids, and no error."""
+    raw = _read_json(path) if path.is_file() else {}
+    raw.pop("auto_map", None)
+    raw["tokenizer_class"] = "PreTrainedTokenizerFast"
+    path.write_text(json.dumps(raw, indent=2) + "\n")
 
 
 def _write_weights(tensors: dict[str, Tensor], folder: Path) -> None:

@@ -18,9 +18,13 @@ from torch import Tensor, nn
 
 from config import ModelConfig, UserError
 from mixers.gated_deltanet import GatedDeltaNet
+from mixers.sliding_window import SlidingWindow
+from ops.fla_kernels import check_head_size
+from ops.kernels import resolve_kernel
 
 MIXERS: dict[str, type[nn.Module]] = {
     "gated_deltanet": GatedDeltaNet,
+    "sliding_window": SlidingWindow,
 }
 
 
@@ -44,22 +48,36 @@ def mixer_names(spec: str, count: int) -> list[str]:
 
 
 def convert_config(
-    config: ModelConfig, layers: list[int], mixer: str, *, linear_rope: bool = False
-) -> ModelConfig:
-    """The teacher's config with `layers` made linear: one linear head per softmax query head."""
+    config: ModelConfig, layers: list[int], mixer: str, *, linear_rope: bool = False,
+    linear_feature_map: str = "", linear_window: int = 0,
+) -> ModelConfig:  # fmt: skip
+    """The teacher's config with `layers` made linear: one linear head per softmax query head.
+    The mixer sliding_window makes them "sliding_attention" instead."""
     kinds = list(config.layer_types)
-    for i in layers:
-        if kinds[i] == "linear_attention":
-            raise UserError(f"--layers: layer {i} of the teacher is linear already")
-        kinds[i] = "linear_attention"
-    old = iter(config.mixer)
-    new = iter(mixer_names(mixer, len(layers)))
-    names = []
-    for i, kind in enumerate(kinds):
+    window = linear_window or config.linear_window
+    old, names = iter(config.mixer), []
+    new = dict(zip(layers, mixer_names(mixer, len(layers)), strict=True))
+    for i, kind in enumerate(config.layer_types):
         if kind == "linear_attention":
-            names.append(next(new) if i in layers else next(old))
+            names.append(next(old))
+        if i not in new:
+            continue
+        if kind == "linear_attention":
+            raise UserError(f"--layers: layer {i} of the teacher is linear already")
+        if new[i] != "sliding_window":
+            kinds[i] = "linear_attention"
+            names.append(new[i])
+            continue
+        if "sliding_attention" in config.layer_types and config.sliding_window != window:
+            raise UserError(
+                f"--linear_window: {window} found, but the teacher has sliding layers of "
+                f"{config.sliding_window} and all must be alike"
+            )
+        kinds[i] = "sliding_attention"
     student = dataclasses.replace(
-        config, layer_types=kinds, mixer=names,
+        config, layer_types=kinds, mixer=names, linear_window=window,
+        linear_feature_map=linear_feature_map or config.linear_feature_map,
+        sliding_window=window if "sliding_window" in new.values() else config.sliding_window,
         linear_num_key_heads=config.num_attention_heads,
         linear_num_value_heads=config.num_attention_heads,
         linear_key_head_dim=config.head_dim, linear_value_head_dim=config.head_dim,
@@ -79,16 +97,18 @@ def convert_layers(
     layers: list[int],
     *,
     mixer: str = "gated_deltanet",
-    linear_rope: bool = False,
     share_trunk: bool = False,
+    **shape,
 ) -> nn.Module:
     """A student with the teacher's weights whose `layers` are linear, initialised from the
     softmax layers they replace (float32).
 
     share_trunk: the student's other parameters are the teacher's own tensors, frozen, so that a
     run that trains only mixers holds one copy of the trunk. Otherwise they are float32 copies.
+    shape: linear_rope, linear_feature_map, linear_window, as of `convert_config`.
     """
-    config = convert_config(teacher.config, layers, mixer, linear_rope=linear_rope)
+    config = convert_config(teacher.config, layers, mixer, **shape)
+    names = mixer_names(mixer, len(layers))
     if config.attention_output_bias:
         raise UserError("--teacher: a bias on o_proj found; linear layers have none to carry it")
     memo = {id(p): p for p in teacher.parameters()} if share_trunk else {}
@@ -96,13 +116,13 @@ def convert_layers(
     if not share_trunk:
         student.float()
     student.config = config
-    for i in layers:
+    for i, name in zip(layers, names, strict=True):
         block = student.layers[i]
-        linear = build_mixer(config.mixer_name(i), config)
-        linear.from_attention(teacher.layers[i].self_attn)
-        block.linear_attn = linear.to(next(teacher.parameters()).device)
-        block.kind = "linear_attention"
+        mixer = build_mixer(name, config).to(next(teacher.parameters()).device)
+        mixer.from_attention(teacher.layers[i].self_attn)
         del block.self_attn
+        block.kind = config.layer_types[i]
+        setattr(block, "linear_attn" if block.kind == "linear_attention" else "self_attn", mixer)
     for p in student.parameters():
         p.requires_grad_(True)
     if share_trunk:
@@ -111,14 +131,35 @@ def convert_layers(
     return student
 
 
-def mixer_parameters(model: nn.Module, layers: list[int] | None = None) -> dict[str, nn.Parameter]:
-    """name -> parameter of the linear mixers (of `layers` only, if given)."""
-    wanted = None if layers is None else tuple(f"layers.{i}.linear_attn." for i in layers)
-    return {
-        n: p
-        for n, p in model.named_parameters()
-        if (".linear_attn." in n if wanted is None else n.startswith(wanted))
-    }
+def mixer_parameters(model: nn.Module, layers: list[int]) -> dict[str, nn.Parameter]:
+    """name -> parameter of the attention, linear or sliding, of `layers`."""
+    kinds = ("self_attn", "linear_attn")
+    wanted = tuple(f"layers.{i}.{kind}." for i in layers for kind in kinds)
+    return {n: p for n, p in model.named_parameters() if n.startswith(wanted)}
+
+
+def resolve_kernels(config: ModelConfig, kernel: str, device: torch.device) -> dict[str, str]:
+    """mixer -> kernel of every linear mixer of a model. UserError, one line, for a kernel that
+    cannot run a mixer or its head size here; under auto such a mixer runs our chunked form."""
+    chosen = {}
+    for name in dict.fromkeys(config.mixer):
+        chosen[name] = resolve_kernel(kernel, device, MIXERS[name])
+        if chosen[name] != "fla":
+            continue
+        sizes = config.linear_key_head_dim, config.linear_value_head_dim
+        reason = check_head_size(MIXERS[name].fla_op, *sizes)
+        if reason and kernel == "fla":
+            raise UserError(f"--kernel: fla found, but {reason}; auto or chunk expected")
+        if reason:
+            chosen[name] = "chunk"
+    return chosen
+
+
+def set_kernels(model: nn.Module, kernels: dict[str, str]) -> None:
+    """Every linear mixer's kernel, by mixer name (`resolve_kernels`)."""
+    for i, block in enumerate(model.layers):
+        if block.kind == "linear_attention":
+            block.linear_attn.kernel = kernels[model.config.mixer_name(i)]
 
 
 @torch.no_grad()
@@ -131,11 +172,11 @@ def check_transfer(
     """
     worst = {}
     for i, normed, _, _ in teacher.attention_taps(input_ids, layers=layers):
-        soft, linear = teacher.layers[i].self_attn, student.layers[i].linear_attn
+        soft, linear = teacher.layers[i].self_attn, student.layers[i].attention
         normed = normed.float()
         for name, p in linear.named_parameters():
             if not torch.isfinite(p).all():
-                raise RuntimeError(f"transfer: layers.{i}.linear_attn.{name} was left unset")
+                raise RuntimeError(f"transfer: {name} of layer {i} was left unset")
         soft = copy.deepcopy(soft).float()
         groups = soft.num_heads // soft.num_kv_heads
         expected = soft.project(normed)

@@ -51,6 +51,9 @@ class SeqInfo(NamedTuple):
     lengths: tuple[int, ...] | None = None  # document lengths on the host (eager CPU only)
     mask: Tensor | None = None  # [T, T] bool, same document, where a kernel needs it
     rows: int = 1  # packed rows of equal length, each of which begins a document
+    past: Tensor | None = None  # [B] tokens already in the cache; None: it is empty
+    held: int = 0  # an upper bound of `past`, known on the host
+    even: bool = True  # all of `past` are equal
 
 
 def rope_frequencies(config: ModelConfig, device=None) -> Tensor:
@@ -78,72 +81,177 @@ def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 class LayerCache:
-    """What one layer remembers between calls of generate: keys and values, or conv + state."""
+    """What one layer remembers between calls: keys and values (a ring of `window` of them for
+    sliding layers), or the last inputs of short convolutions and a recurrent state."""
 
-    def __init__(self):
-        self.length = 0  # tokens seen
-        self.k: Tensor | None = None  # [B, capacity, G, D]
+    def __init__(self, capacity: int = 0, static: bool = False):
+        self.capacity, self.static = capacity, static
+        self.k: Tensor | None = None  # [B, G, capacity, D]; position p is in slot p % capacity
         self.v: Tensor | None = None
-        self.conv: dict[str, Tensor] = {}  # name -> last W - 1 inputs [B, W - 1, C]
-        self.state: Tensor | None = None  # [B, H, K, V] float32
+        self.conv: dict[str, Tensor] = {}  # name -> last inputs [B, W - 1, C]
+        self.state: Tensor | tuple[Tensor, ...] | None = None  # [B, H, K, V] float32, or several
 
-    def append(self, k: Tensor, v: Tensor, window: int = 0) -> tuple[Tensor, Tensor]:
-        """Add [B, T, G, D]; returns the keys and values to attend to. With a window only the
-        last `window` are kept, so memory does not grow with the context."""
-        new = k.shape[1]
+    def tensors(self) -> list[Tensor]:
+        """Everything held."""
+        state = self.state if isinstance(self.state, tuple) else (self.state,)
+        return [t for t in (self.k, self.v, *state, *self.conv.values()) if t is not None]
+
+    def store(self, conv: dict[str, Tensor], state: Tensor | tuple[Tensor, ...] | None) -> None:
+        """Take over a linear layer's memory; into the same storage if `static` (CUDA graphs)."""
+        if not self.static or self.state is None:
+            self.conv, self.state = conv, state
+            return
+        for name, new in conv.items():
+            self.conv[name].copy_(new)
+        both = (state, self.state)
+        olds = zip(*(x if isinstance(x, tuple) else (x,) for x in both), strict=True)
+        for new, old in olds:
+            if old is not None:
+                old.copy_(new)
+
+    def fill(self, k: Tensor, v: Tensor, seq: SeqInfo, window: int) -> None:
+        """Start with a prompt's keys and values [B, T, G, D], or those of N packed prompts
+        [1, T, G, D], which become N rows."""
+        rows, device = k.shape[0], k.device
+        where = seq.positions.expand(rows, -1)  # [B, T]
+        row = torch.arange(rows, device=device)[:, None].expand_as(where)
+        longest, ends = k.shape[1], where[:, -1:] + 1
+        if seq.cu_seqlens is not None:
+            rows, longest = len(seq.cu_seqlens) - 1, seq.max_seqlen
+            time = torch.arange(k.shape[1], device=device)
+            row = torch.searchsorted(seq.cu_seqlens[1:].contiguous(), time, right=True)[None]
+            ends = seq.cu_seqlens.diff()[row]
+        size = window or max(64, self.capacity, 1 << (longest - 1).bit_length())
+        keep = where >= ends - window if window else torch.ones_like(where, dtype=torch.bool)
+        row, slot = row[keep], where[keep] % size
+        for name, new in (("k", k), ("v", v)):
+            buffer = new.new_zeros(rows, new.shape[2], size, new.shape[3])
+            buffer[row, :, slot] = new[keep]
+            setattr(self, name, buffer)
+
+    def append(self, k: Tensor, v: Tensor, seq: SeqInfo, window: int):
+        """Add [B, T, G, D] to what is held. Returns the keys and values [B, S, G, D] to attend to
+        and who may see whom, [B, T, S] bool, or None where every query sees every key."""
+        k, v = k.transpose(1, 2), v.transpose(1, 2)  # [B, G, T, D]
+        new = k.shape[2]
+        row = torch.arange(k.shape[0], device=k.device)[:, None]
+        past, where = seq.past[:, None], seq.positions  # [B, 1], [B, T]
+        if not window:
+            self._reserve(seq.held + new)
+            for buffer, fresh in ((self.k, k), (self.v, v)):
+                buffer[row, :, where] = fresh.transpose(1, 2)
+            end = self.k.shape[2] if self.static else seq.held + new
+            keys, values = self.k[:, :, :end], self.v[:, :, :end]
+            at = torch.arange(end, device=k.device)[None]
+        else:
+            slots = torch.arange(window, device=k.device)[None]
+            at = past - 1 - (past - 1 - slots) % window  # newest position in each slot, < 0: none
+            keys, values = torch.cat([self.k, k], 2), torch.cat([self.v, v], 2)
+            at = torch.cat([at, where], 1)
+            last = where[:, -window:]
+            for buffer, fresh in ((self.k, k), (self.v, v)):
+                buffer[row, :, last % window] = fresh[:, :, -window:].transpose(1, 2)
+        mask = (at[:, None] >= 0) & (at[:, None] <= where[..., None])
         if window:
-            if self.k is not None:
-                k, v = torch.cat([self.k, k], 1), torch.cat([self.v, v], 1)
-            # Copies: views would hold on to the keys and values of a whole long prompt.
-            self.k, self.v = k[:, -window:].clone(), v[:, -window:].clone()
-            self.length += new
-            return k, v
-        end = self.length + new
-        if self.k is None or end > self.k.shape[1]:
-            capacity = max(64, 1 << (end - 1).bit_length())
-            grown = []
-            for old, fresh in ((self.k, k), (self.v, v)):
-                buffer = fresh.new_empty(fresh.shape[0], capacity, *fresh.shape[2:])
-                if old is not None:
-                    buffer[:, : self.length] = old[:, : self.length]
-                grown.append(buffer)
-            self.k, self.v = grown
-        self.k[:, self.length : end], self.v[:, self.length : end] = k, v
-        self.length = end
-        return self.k[:, :end], self.v[:, :end]
+            mask &= at[:, None] > where[..., None] - window
+        elif new == 1 and seq.even and not self.static:
+            mask = None
+        return keys.transpose(1, 2), values.transpose(1, 2), mask
+
+    def _reserve(self, needed: int) -> None:
+        if needed <= self.k.shape[2]:
+            return
+        assert not self.static, f"{needed} tokens found, a cache of {self.k.shape[2]} expected"
+        more = (1 << (needed - 1).bit_length()) - self.k.shape[2]
+        self.k, self.v = F.pad(self.k, (0, 0, 0, more)), F.pad(self.v, (0, 0, 0, more))
+
+
+class Cache:
+    """What a model remembers of B sequences, which may differ in length: one LayerCache a block.
+
+    capacity: room for so many tokens at once (softmax layers; grows as needed). static: tensors
+    are updated in place and keep their shapes, as a CUDA graph needs; capacity is then the limit.
+    """
+
+    def __init__(self, num_layers: int, capacity: int = 0, static: bool = False):
+        self.layers = [LayerCache(capacity, static) for _ in range(num_layers)]
+        self.lengths: Tensor | None = None  # [B] int64, tokens seen
+        self.longest, self.even = 0, True  # an upper bound of them; whether they are all equal
+
+    def __getitem__(self, layer: int) -> LayerCache:
+        return self.layers[layer]
+
+    def advance(self, batch: int, length: int, cu_seqlens: Tensor | None, device) -> None:
+        """Count what a forward added."""
+        if self.lengths is not None:
+            self.lengths += length
+            self.longest += length
+        elif cu_seqlens is None:
+            self.lengths = torch.full((batch,), length, device=device)
+            self.longest = length
+        else:
+            self.lengths = cu_seqlens.diff().long()
+            self.longest = int(self.lengths.max())
+            self.even = bool((self.lengths == self.longest).all())
 
     def num_bytes(self) -> int:
         """Bytes held."""
-        held = [self.k, self.v, self.state, *self.conv.values()]
-        return sum(t.numel() * t.element_size() for t in held if t is not None)
+        return sum(t.numel() * t.element_size() for c in self.layers for t in c.tensors())
 
 
 # ---- short convolution
 
 
+def last_tokens(x: Tensor, count: int, seq: SeqInfo, held: Tensor | None) -> Tensor:
+    """The last `count` inputs [B, count, C] of every sequence, zeros before its first: of the N
+    documents where x [1, T, C] is packed, else of [held, x]. A copy: a view would hold on to the
+    whole of a long prompt."""
+    if seq.cu_seqlens is None:
+        if held is None:
+            held = x.new_zeros(x.shape[0], count, x.shape[2])
+        return torch.cat([held.to(x.dtype), x], 1)[:, x.shape[1] :].clone()
+    ends = seq.cu_seqlens[1:, None].long()
+    index = ends + torch.arange(-count, 0, device=x.device)  # [N, count]
+    inside = index >= seq.cu_seqlens[:-1, None]
+    return x[0, index.clamp(min=0)] * inside.unsqueeze(-1)
+
+
+def token_shift(x: Tensor, seq: SeqInfo, held: Tensor | None = None) -> Tensor:
+    """x [B, T, C] moved by one token: zero at the start of every document, `held` [B, 1, C] (the
+    last input so far) before a continued one."""
+    if held is None:
+        held = x.new_zeros(x.shape[0], 1, x.shape[2])
+    moved = torch.cat([held.to(x.dtype), x[:, :-1]], 1)
+    return moved if seq.cu_seqlens is None else moved * (seq.positions > 0).unsqueeze(-1)
+
+
 class ShortConvolution(nn.Module):
     """Causal depthwise convolution: y_t = sum_j weight[:, 0, W - 1 - j] x_{t-j}, per document."""
 
-    def __init__(self, channels: int, taps: int):
+    def __init__(self, channels: int, taps: int, bias: bool = False):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(channels, 1, taps))
+        self.bias = nn.Parameter(torch.empty(channels)) if bias else None
 
     def init_weights(self) -> None:
         nn.init.kaiming_uniform_(self.weight, a=math.sqrt(5))
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
 
-    def forward(self, x: Tensor, positions: Tensor | None, state: Tensor | None = None):
-        """x [B, T, C]; positions [B, T] cut the taps at document starts (None: one document);
-        state [B, W - 1, C], the inputs before x. Returns y [B, T, C] and the new state."""
+    def forward(self, x: Tensor, seq: SeqInfo, held: Tensor | None = None) -> Tensor:
+        """x [B, T, C]; held [B, W - 1, C]: the inputs before x (see `last_tokens`)."""
         taps, length = self.weight.shape[-1], x.shape[1]
-        if state is None:
-            state = x.new_zeros(x.shape[0], taps - 1, x.shape[2])
-        padded = torch.cat([state.to(x.dtype), x], 1)
+        if held is None:
+            held = x.new_zeros(x.shape[0], taps - 1, x.shape[2])
+        padded = torch.cat([held.to(x.dtype), x], 1)
         weight = self.weight[:, 0].to(x.dtype)
         y = x * weight[:, -1]
         for j in range(1, taps):
             past = padded[:, taps - 1 - j : taps - 1 - j + length] * weight[:, -1 - j]
-            y = y + (past if positions is None else past * (positions >= j).unsqueeze(-1))
-        return y, padded[:, length:].clone()  # a view would hold on to a whole long prompt
+            if seq.cu_seqlens is not None:  # positions cut the taps at document starts
+                past = past * (seq.positions >= j).unsqueeze(-1)
+            y = y + past
+        return y if self.bias is None else y + self.bias.to(y.dtype)
 
 
 # ---- softmax attention
@@ -219,18 +327,20 @@ def softmax_attention(
     *,
     window: int = 0,
     sink: Tensor | None = None,
-    cached: bool = False,
     compiled: bool = False,
 ) -> Tensor:
-    """Causal attention with scale D^-0.5. q [B, T, H, D], k and v [B, S, G, D], S > T only with
-    a cache (`cached`); window 0 = full; sink [H] logits. Returns [B, T, H, D]."""
+    """Causal attention of a sequence, or of packed ones, to itself, with scale D^-0.5.
+    q [B, T, H, D], k and v [B, T, G, D]; window 0 = full; sink [H] logits. Returns [B, T, H, D]."""
     packed = seq.cu_seqlens is not None
     kernel = attention_kernel(
         q.device, q.dtype, packed=packed, sink=sink is not None, compiled=compiled
     )
     if kernel in ("flash", "varlen"):
         return _varlen(kernel, q, k, v, seq, window)
-    length, keys = q.shape[1], k.shape[1]
+    length = q.shape[1]
+    if kernel == "math":
+        mask = causal_mask(length, length, window, q.device)
+        return explicit_attention(q, k, v, mask & seq.mask if packed else mask, sink)
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # [B, H, T, D]
     if kernel == "segments":
         parts = [
@@ -238,33 +348,61 @@ def softmax_attention(
             for a, b, c in zip(*(x.split(seq.lengths, 2) for x in (q, k, v)), strict=True)
         ]
         return torch.cat(parts, 2).transpose(1, 2)
-    if kernel == "sdpa" and not (cached and length > 1 and keys > length):
+    if kernel == "sdpa":
         return _sdpa(q, k, v, window).transpose(1, 2)
-    mask = causal_mask(length, keys, window, q.device)
-    if packed:
-        mask = mask & seq.mask
-    if sink is None:
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)
-        return out.transpose(1, 2)
-    groups = q.shape[1] // k.shape[1]
-    k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
+    mask = causal_mask(length, length, window, q.device) & seq.mask
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)
+    return out.transpose(1, 2)
+
+
+def explicit_attention(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, sink: Tensor | None = None
+) -> Tensor:
+    """Attention through explicit scores: for decoding (each key and value is read once, for all
+    query heads of its group) and for sinks, whose logit needs a gradient. q [B, T, H, D], k and v
+    [B, S, G, D], mask [T, S] or [B, T, S], sink [H] -> [B, T, H, D]."""
+    batch, length, heads, size = q.shape
+    groups = k.shape[2]
+    q = q.unflatten(2, (groups, -1)).permute(0, 2, 3, 1, 4).flatten(2, 3)  # [B, G, R T, D]
+    k, v = k.transpose(1, 2), v.transpose(1, 2)  # [B, G, S, D]
     scores = q @ k.mT
-    scores = scores.to(torch.promote_types(scores.dtype, torch.float32)) * q.shape[-1] ** -0.5
-    scores = scores.masked_fill(~mask, -torch.inf)
-    column = sink.to(scores.dtype)[None, :, None, None].expand(*scores.shape[:3], 1)
-    weights = torch.cat([scores, column], -1).softmax(-1)[..., :-1]  # the sink has no value
-    return (weights.to(v.dtype) @ v).transpose(1, 2)
+    scores = scores.to(torch.promote_types(scores.dtype, torch.float32)) * size**-0.5
+    scores = scores.unflatten(2, (-1, length))  # [B, G, R, T, S]
+    if mask is not None:
+        mask = mask if mask.dim() == 3 else mask[None]
+        scores = scores.masked_fill(~mask[:, None, None], -torch.inf)
+    if sink is None:
+        weights = scores.softmax(-1)
+    else:
+        column = sink.to(scores.dtype).view(1, groups, -1, 1, 1)
+        column = column.expand(*scores.shape[:-1], 1)
+        weights = torch.cat([scores, column], -1).softmax(-1)[..., :-1]  # the sink has no value
+    out = weights.flatten(2, 3).to(v.dtype) @ v  # [B, G, R T, D]
+    out = out.unflatten(2, (-1, length)).permute(0, 3, 1, 2, 4)
+    return out.reshape(batch, length, heads, size)
+
+
+def cached_attention(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, sink: Tensor | None
+) -> Tensor:
+    """Attention to a cache's keys and values, as `LayerCache.append` returns them."""
+    if q.shape[1] == 1 or sink is not None:
+        return explicit_attention(q, k, v, mask, sink)
+    out = F.scaled_dot_product_attention(
+        q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), attn_mask=mask[:, None],
+        enable_gqa=True,
+    )  # fmt: skip
+    return out.transpose(1, 2)
 
 
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
-    """q [B, H, T, D] are the last T of k, v [B, G, S, D]; T = S or T = 1."""
-    length, keys = q.shape[2], k.shape[2]
+    """q [B, H, T, D], k and v [B, G, T, D]."""
+    length = q.shape[2]
     gqa = q.shape[1] != k.shape[1]
-    if window and keys > window:
-        mask = causal_mask(length, keys, window, q.device)
+    if window and length > window:
+        mask = causal_mask(length, length, window, q.device)
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=gqa)
-    causal = length == keys and length > 1
-    return F.scaled_dot_product_attention(q, k, v, is_causal=causal, enable_gqa=gqa)
+    return F.scaled_dot_product_attention(q, k, v, is_causal=length > 1, enable_gqa=gqa)
 
 
 def _varlen(kernel: str, q: Tensor, k: Tensor, v: Tensor, seq: SeqInfo, window: int) -> Tensor:
@@ -292,3 +430,41 @@ def _varlen(kernel: str, q: Tensor, k: Tensor, v: Tensor, seq: SeqInfo, window: 
     else:
         extra["is_causal"] = True
     return varlen_attn(q, k, v, bounds, bounds, longest, longest, **extra)[None]
+
+
+class Attention(nn.Module):
+    """Causal softmax attention with GQA; optional q/k-norm, biases, window and sink."""
+
+    def __init__(self, config: ModelConfig, window: int):
+        super().__init__()
+        d, size, bias = config.hidden_size, config.head_dim, config.attention_bias
+        self.num_heads, self.num_kv_heads = config.num_attention_heads, config.num_key_value_heads
+        self.head_dim, self.window, self.compiled = size, window, False
+        self.q_proj = nn.Linear(d, self.num_heads * size, bias=bias)
+        self.k_proj = nn.Linear(d, self.num_kv_heads * size, bias=bias)
+        self.v_proj = nn.Linear(d, self.num_kv_heads * size, bias=bias)
+        self.o_proj = nn.Linear(self.num_heads * size, d, bias=config.attention_output_bias)
+        self.q_norm = RMSNorm(size, config.rms_norm_eps) if config.qk_norm else None
+        self.k_norm = RMSNorm(size, config.rms_norm_eps) if config.qk_norm else None
+        sink = config.attention_sink
+        self.sink = nn.Parameter(torch.empty(self.num_heads)) if sink else None
+
+    def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """q [B, T, H, D], k and v [B, T, G, D] right after projection."""
+        q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
+        return tuple(t.unflatten(-1, (-1, self.head_dim)) for t in (q, k, v))
+
+    def forward(self, x: Tensor, seq: SeqInfo, cache: LayerCache | None = None) -> Tensor:
+        q, k, v = self.project(x)
+        if self.q_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        q, k = apply_rope(q, seq.cos, seq.sin), apply_rope(k, seq.cos, seq.sin)
+        if cache is not None and seq.past is not None:
+            out = cached_attention(q, *cache.append(k, v, seq, self.window), self.sink)
+        else:
+            if cache is not None:
+                cache.fill(k, v, seq, self.window)
+            out = softmax_attention(
+                q, k, v, seq, window=self.window, sink=self.sink, compiled=self.compiled
+            )
+        return self.o_proj(out.flatten(-2))

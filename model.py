@@ -4,7 +4,7 @@ Llama, Qwen2, Qwen3 and hybrids of them are settings of one `ModelConfig`; param
 Hugging Face's without the leading `model.`. Modules are shapes only (meta-device safe) until
 `init_weights` or a checkpoint gives values.
 Check: `pytest tests/test_model.py`.
-Shapes: B batch, T time, d hidden size, H query heads, G key/value heads, D head size.
+Shapes: B batch, T time, d hidden size.
 """
 
 from __future__ import annotations
@@ -19,50 +19,14 @@ from torch import Tensor, nn
 from config import ModelConfig
 from hybrid_layers import build_mixer
 from layers import (
+    Attention,
+    Cache,
     LayerCache,
     RMSNorm,
     SeqInfo,
-    apply_rope,
     attention_kernel,
     rope_frequencies,
-    softmax_attention,
 )
-
-
-class Attention(nn.Module):
-    """Causal softmax attention with GQA; optional q/k-norm, biases, window and sink."""
-
-    def __init__(self, config: ModelConfig, window: int):
-        super().__init__()
-        d, size, bias = config.hidden_size, config.head_dim, config.attention_bias
-        self.num_heads, self.num_kv_heads = config.num_attention_heads, config.num_key_value_heads
-        self.head_dim, self.window, self.compiled = size, window, False
-        self.q_proj = nn.Linear(d, self.num_heads * size, bias=bias)
-        self.k_proj = nn.Linear(d, self.num_kv_heads * size, bias=bias)
-        self.v_proj = nn.Linear(d, self.num_kv_heads * size, bias=bias)
-        self.o_proj = nn.Linear(self.num_heads * size, d, bias=config.attention_output_bias)
-        self.q_norm = RMSNorm(size, config.rms_norm_eps) if config.qk_norm else None
-        self.k_norm = RMSNorm(size, config.rms_norm_eps) if config.qk_norm else None
-        sink = config.attention_sink
-        self.sink = nn.Parameter(torch.empty(self.num_heads)) if sink else None
-
-    def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """q [B, T, H, D], k and v [B, T, G, D] right after projection."""
-        q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
-        return tuple(t.unflatten(-1, (-1, self.head_dim)) for t in (q, k, v))
-
-    def forward(self, x: Tensor, seq: SeqInfo, cache: LayerCache | None = None) -> Tensor:
-        q, k, v = self.project(x)
-        if self.q_norm is not None:
-            q, k = self.q_norm(q), self.k_norm(k)
-        q, k = apply_rope(q, seq.cos, seq.sin), apply_rope(k, seq.cos, seq.sin)
-        if cache is not None:
-            k, v = cache.append(k, v, self.window)
-        out = softmax_attention(
-            q, k, v, seq, window=self.window, sink=self.sink, cached=cache is not None,
-            compiled=self.compiled,
-        )  # fmt: skip
-        return self.o_proj(out.flatten(-2))
 
 
 class MLP(nn.Module):
@@ -159,17 +123,20 @@ class Transformer(nn.Module):
         cu_seqlens: Tensor | None = None,
         max_seqlen: int = 0,
         rows: int = 1,
-        past: int = 0,
+        cache: Cache | None = None,
         dtype: torch.dtype | None = None,
     ) -> SeqInfo:
         """Positions, rotations and document bounds of one forward; see `layers.SeqInfo`."""
         device = self.embed_tokens.weight.device
+        past = None if cache is None else cache.lengths
+        if past is not None:
+            positions = past[:, None] + torch.arange(length, device=device)
         if positions is None and cu_seqlens is not None:
             time = torch.arange(length, device=device)
             starts = torch.searchsorted(cu_seqlens, time, right=True) - 1
             positions = (time - cu_seqlens[starts])[None].long()
         if positions is None:
-            positions = torch.arange(past, past + length, device=device)[None]
+            positions = torch.arange(length, device=device)[None]
         angles = positions[..., None].float() * rope_frequencies(self.config, device)
         cos, sin = angles.cos().unsqueeze(-2), angles.sin().unsqueeze(-2)
         lengths, mask = None, None
@@ -185,7 +152,11 @@ class Transformer(nn.Module):
                 time = torch.arange(length, device=device)
                 doc = torch.searchsorted(cu_seqlens, time, right=True)
                 mask = doc[:, None] == doc[None]
-        return SeqInfo(positions, cos, sin, cu_seqlens, max_seqlen or length, lengths, mask, rows)
+        held, even = (0, True) if past is None else (cache.longest, cache.even)
+        return SeqInfo(
+            positions, cos, sin, cu_seqlens, max_seqlen or length, lengths, mask, rows, past, held,
+            even,
+        )  # fmt: skip
 
     def embed(self, input_ids: Tensor) -> Tensor:
         """[B, T] -> [B, T, d], in the compute type, so that the residual stream is too."""
@@ -203,7 +174,7 @@ class Transformer(nn.Module):
         cu_seqlens: Tensor | None = None,
         max_seqlen: int = 0,
         rows: int = 1,
-        cache: list[LayerCache] | None = None,
+        cache: Cache | None = None,
         hidden: Tensor | None = None,
         first: int = 0,
         keep: int | None = None,
@@ -212,21 +183,23 @@ class Transformer(nn.Module):
 
         cu_seqlens [N + 1] int32 (B = 1): documents that must not see each other; positions [B, T]
         restart in each; rows: how many rows of equal length were packed, where each begins a
-        document. cache: one LayerCache per block, for generation. `hidden` with `first` starts at
+        document. cache: for generation; packed prompts become its rows, later calls add [B, T] to
+        each. `hidden` with `first` starts at
         block `first` from its input instead of from tokens; `keep` = i also returns block i's
         input (for a student that shares the teacher's first i blocks).
         """
         h = self.embed(input_ids) if hidden is None else hidden
-        past = cache[0].length if cache is not None else 0
         seq = self.seq_info(
             h.shape[1], positions=positions, cu_seqlens=cu_seqlens, max_seqlen=max_seqlen,
-            rows=rows, past=past, dtype=h.dtype,
+            rows=rows, cache=cache, dtype=h.dtype,
         )  # fmt: skip
         kept = None
         for i in range(first, len(self.layers)):
             if i == keep:
                 kept = h
             h = self.layers[i](h, seq, None if cache is None else cache[i])
+        if cache is not None:
+            cache.advance(h.shape[0], h.shape[1], cu_seqlens, h.device)
         h = self.norm(h)
         return h if keep is None else (h, kept)
 
@@ -258,9 +231,9 @@ class Transformer(nn.Module):
         normed = block.input_layernorm(h)
         yield last, normed, block.attention(normed, seq), seq
 
-    def new_cache(self) -> list[LayerCache]:
-        """An empty cache for generation."""
-        return [LayerCache() for _ in self.layers]
+    def new_cache(self, capacity: int = 0, *, static: bool = False) -> Cache:
+        """An empty cache for generation; see `layers.Cache`."""
+        return Cache(len(self.layers), capacity, static)
 
     def num_params(self) -> int:
         """Parameters, a tied head counted once."""

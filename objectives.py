@@ -55,12 +55,14 @@ class HeadLoss(nn.Module):
 class HeadObjective:
     """Cross-entropy (no teacher) or distillation, data-parallel.
 
-    first: number of leading blocks that student and teacher share; their output is computed once.
+    layers: those whose mixers have a learning rate of their own. first: number of leading blocks
+    that student and teacher share; their output is computed once.
     """
 
     def __init__(self, student: Transformer, teacher: Transformer | None, stage: StageConfig,
-                 world: World, first: int = 0):  # fmt: skip
+                 world: World, layers: list[int], first: int = 0):  # fmt: skip
         self.world = world
+        self.mixers = mixer_parameters(student, layers).keys()
         self.params = {n: p for n, p in student.named_parameters() if p.requires_grad}
         self.module = parallelize(HeadLoss(student, teacher, stage, first), world)
         self.names = ("ce",)
@@ -110,6 +112,7 @@ class AlignObjective:
         self.params = {
             n: p for n, p in mixer_parameters(student, layers).items() if p.requires_grad
         }
+        self.mixers = self.params.keys()
         self.held: dict[int, dict[int, tuple[Tensor, Tensor]]] | None = {} if keep else None
 
     def backward(self, batches: list[Batch], count: Tensor) -> dict[str, Tensor]:
@@ -118,7 +121,7 @@ class AlignObjective:
         sums: dict[str, Tensor] = {}
         for batch in batches:
             for i, normed, target, seq in no_grad_iter(self._taps(batch)):
-                out = self.student.layers[i].linear_attn(normed, seq)
+                out = self.student.layers[i].attention(normed, seq)
                 loss = align_loss(out, target, normalizer=tokens)
                 loss.backward()
                 name = f"layer_{i}"
@@ -158,7 +161,7 @@ class AlignObjective:
         """Clip every mixer by itself; returns the largest norm."""
         norms = []
         for i in self.layers:
-            mixer = self.student.layers[i].linear_attn
+            mixer = self.student.layers[i].attention
             norms.append(clip_grad_norm(mixer.parameters(), max_norm))
         return torch.stack(norms).max()
 

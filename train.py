@@ -16,20 +16,19 @@ from data import eval_batches
 from distributed import compile_blocks, main_first, start, stop, this_process
 from evaluate import PROMPTS, Evaluator, completions
 from hf import save_model
-from hybrid_layers import mixer_names
+from hybrid_layers import convert_config, resolve_kernels, set_kernels
 from model import Transformer
 from objectives import HeadObjective
-from ops.kernels import resolve_kernel
 from tokenizer import load_tokenizer
 from trainer import (
     check_run_folder,
     compile_wanted,
     finish,
+    kernel_line,
     open_data,
     open_run,
     plan_stage,
     restore_weights,
-    set_kernel,
     set_up_torch,
     train_stage,
 )
@@ -44,9 +43,8 @@ def model_config(cfg: PretrainConfig, vocab_size: int, eos: int | None) -> Model
         )
     layers = parse_layers(cfg.layers, cfg.num_blocks, cfg.keep_layers)
     softmax = "sliding_attention" if cfg.sliding_window else "full_attention"
-    kinds = ["linear_attention" if i in layers else softmax for i in range(cfg.num_blocks)]
     mlp = cfg.mlp_dim or -(-cfg.embedding_dim * 8 // 3 // 64) * 64
-    return ModelConfig(
+    config = ModelConfig(
         # Rows in multiples of 64 make the head's matmul fast; small vocabularies stay exact.
         vocab_size=vocab_size if vocab_size < 1024 else -(-vocab_size // 64) * 64,
         hidden_size=cfg.embedding_dim, intermediate_size=mlp, num_hidden_layers=cfg.num_blocks,
@@ -54,8 +52,13 @@ def model_config(cfg: PretrainConfig, vocab_size: int, eos: int | None) -> Model
         head_dim=cfg.head_dim or cfg.embedding_dim // cfg.num_heads, rope_theta=cfg.rope_theta,
         max_position_embeddings=max(2048, cfg.context_len), sliding_window=cfg.sliding_window,
         attention_sink=cfg.attention_sink, tie_word_embeddings=cfg.tie_embeddings,
-        layer_types=kinds, mixer=mixer_names(cfg.mixer, len(layers)) if layers else None,
-        eos_token_id=eos,
+        layer_types=[softmax] * cfg.num_blocks, eos_token_id=eos,
+    )  # fmt: skip
+    if not layers:
+        return config
+    return convert_config(
+        config, layers, cfg.mixer, linear_feature_map=cfg.linear_feature_map,
+        linear_window=cfg.linear_window,
     )  # fmt: skip
 
 
@@ -74,7 +77,7 @@ def pretrain(cfg: PretrainConfig, argv: list[str]) -> None:
     config = model_config(cfg, tokenizer.vocab_size, tokenizer.eos_token_id)
     check_run_folder(cfg)
     world = this_process(cfg.device)
-    kernel = resolve_kernel(cfg.kernel, world.device)
+    kernels = resolve_kernels(config, cfg.kernel, world.device)
     open_data(cfg, tokenizer)
     start(world)
     dtype = set_up_torch(cfg, world)
@@ -87,7 +90,7 @@ def pretrain(cfg: PretrainConfig, argv: list[str]) -> None:
     model = Transformer(config)
     model.init_weights()
     model.to(world.device)
-    set_kernel(model, kernel)
+    set_kernels(model, kernels)
     stage = cfg.stage(train_data.num_rows(seq_len))
     plan = plan_stage(cfg, "pretrain", stage, world)
     identity = {
@@ -99,7 +102,7 @@ def pretrain(cfg: PretrainConfig, argv: list[str]) -> None:
     say = run.logger.say
     say(f"model: {model.num_params():,} parameters, layers {config.layer_map()}")
     say(f"data: {train_data.num_tokens:,} tokens of {data}, tokenizer {tokenizer.name}")
-    say(f"compute: {world.size} x {world.device.type}, {dtype}, linear kernel {kernel}")
+    say(f"compute: {world.size} x {world.device.type}, {dtype}, {kernel_line(kernels)}")
     say(plan.line(world))
     if cfg.dry_run:
         say("dry run: nothing trained")
@@ -110,7 +113,7 @@ def pretrain(cfg: PretrainConfig, argv: list[str]) -> None:
         compile_blocks(model)
     evaluator = Evaluator(held_out, None, amp=run.amp, world=world)
     if "pretrain" not in run.done:
-        objective = HeadObjective(model, None, stage, world)
+        objective = HeadObjective(model, None, stage, world, [])
         train_stage(
             run, plan, objective, train_data, student=model, teacher=None,
             evaluate=lambda: evaluator(model),

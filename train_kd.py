@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 
 from cli import run_main
-from config import DistillConfig, StageConfig, UserError, parse_layers
+from config import DistillConfig, ModelConfig, StageConfig, UserError, parse_layers
 from data import PackedLoader, TokenDataset, eval_batches
 from distributed import (
     World,
@@ -32,11 +32,17 @@ from distributed import (
 )
 from evaluate import PROMPTS, Evaluator, completions, inputs, zeroed_attention
 from hf import fingerprint, load_model, read_config, save_model, tokenizer_spec
-from hybrid_layers import check_transfer, convert_config, convert_layers, mixer_parameters
+from hybrid_layers import (
+    check_transfer,
+    convert_config,
+    convert_layers,
+    mixer_parameters,
+    resolve_kernels,
+    set_kernels,
+)
 from layers import attention_kernel
 from model import Transformer
 from objectives import AlignObjective, HeadObjective
-from ops.kernels import resolve_kernel
 from tokenizer import load_tokenizer
 from trainer import (
     Run,
@@ -44,19 +50,25 @@ from trainer import (
     check_run_folder,
     compile_wanted,
     finish,
+    kernel_line,
     open_data,
     open_run,
     plan_stage,
     restore_weights,
-    set_kernel,
     set_up_torch,
     train_stage,
 )
 
 
-def preflight(cfg: DistillConfig) -> tuple[list[int], str, bool]:
-    """What can be refused before a device or a process group is touched. Returns the linear
-    layers, the tokenizer and whether the student is converted here."""
+def mixer_shape(cfg: DistillConfig) -> dict:
+    """The flags that shape new mixers."""
+    names = ("linear_rope", "linear_feature_map", "linear_window")
+    return {name: getattr(cfg, name) for name in names}
+
+
+def preflight(cfg: DistillConfig) -> tuple[list[int], str, ModelConfig, bool]:
+    """What can be refused before a device or a process group is touched. Returns the converted
+    layers, the tokenizer, the student's shape and whether the student is converted here."""
     if not Path(cfg.teacher).is_dir():
         name = Path(cfg.teacher).name
         known = "" if name == "smollm2-135m" else f" ORG/NAME --out {cfg.teacher}"
@@ -73,9 +85,14 @@ def preflight(cfg: DistillConfig) -> tuple[list[int], str, bool]:
     convert = "linear_attention" not in source.layer_types
     if convert:
         layers = parse_layers(cfg.layers, source.num_hidden_layers, cfg.keep_layers)
-        convert_config(source, layers, cfg.mixer, linear_rope=cfg.linear_rope)
+        source = convert_config(source, layers, cfg.mixer, **mixer_shape(cfg))
     else:
-        layers = [i for i, t in enumerate(source.layer_types) if t == "linear_attention"]
+        theirs = config.layer_types + [""] * source.num_hidden_layers
+        kinds = zip(source.layer_types, theirs, strict=False)
+        layers = [
+            i for i, (mine, other) in enumerate(kinds)
+            if mine == "linear_attention" or mine == "sliding_attention" != other
+        ]  # fmt: skip
     if "align" in cfg.stage_names():
         same = ("hidden_size", "num_hidden_layers", "head_dim", "num_attention_heads")
         odd = [n for n in same if getattr(source, n) != getattr(config, n)]
@@ -105,7 +122,7 @@ def preflight(cfg: DistillConfig) -> tuple[list[int], str, bool]:
                 f"({mine.hash}) expected"
             )
     check_run_folder(cfg)
-    return layers, spec, convert
+    return layers, spec, source, convert
 
 
 def build_models(
@@ -120,12 +137,12 @@ def build_models(
     shared = not cfg.student and only_mixers and cfg.share_trunk == "auto"
     if not cfg.student:
         student = convert_layers(
-            teacher, layers, mixer=cfg.mixer, linear_rope=cfg.linear_rope, share_trunk=shared
+            teacher, layers, mixer=cfg.mixer, share_trunk=shared, **mixer_shape(cfg)
         )
     else:
         student = load_model(cfg.student, dtype=torch.float32, device=world.device)
         if convert and layers:
-            student = convert_layers(student, layers, mixer=cfg.mixer, linear_rope=cfg.linear_rope)
+            student = convert_layers(student, layers, mixer=cfg.mixer, **mixer_shape(cfg))
     return teacher, student.train(), shared
 
 
@@ -144,13 +161,13 @@ def calibrate(
     errors = {}
     with run.amp():
         for i, normed, target, seq in teacher.attention_taps(**inputs(batch), layers=layers):
-            errors[i] = student.layers[i].linear_attn.calibrate(normed, target, seq)
+            errors[i] = student.layers[i].attention.calibrate(normed, target, seq)
     return errors
 
 
-def set_trainable(student: Transformer, stage: StageConfig) -> None:
+def set_trainable(student: Transformer, stage: StageConfig, layers: list[int]) -> None:
     """Which parameters the stage trains."""
-    mixers = mixer_parameters(student)
+    mixers = mixer_parameters(student, layers)
     for name, p in student.named_parameters():
         p.requires_grad_(stage.train == "all" or name in mixers)
 
@@ -202,11 +219,11 @@ class Samples:
 
 
 def distil(cfg: DistillConfig, argv: list[str]) -> None:
-    layers, spec, convert = preflight(cfg)
+    layers, spec, shape, convert = preflight(cfg)
     tokenizer = load_tokenizer(spec)
     names = cfg.stage_names()
     world = this_process(cfg.device)
-    kernel = resolve_kernel(cfg.kernel, world.device)
+    kernels = resolve_kernels(shape, cfg.kernel, world.device)
     plans = [plan_stage(cfg, n, getattr(cfg, n), world, i) for i, n in enumerate(names)]
     open_data(cfg, tokenizer)
     start(world)
@@ -217,10 +234,10 @@ def distil(cfg: DistillConfig, argv: list[str]) -> None:
         if cfg.epochs:
             plan.set_tokens(int(cfg.epochs * train_data.num_tokens), cfg.max_steps)
     teacher, student, shared = build_models(cfg, layers, convert, world, dtype)
-    set_kernel(student, kernel)
+    set_kernels(student, kernels)
     identity = run_identity(cfg, layers, convert, plans, train_data, dtype)
     run = open_run(cfg, argv, world, identity, script="train_kd", dtype=dtype, stages=names)
-    describe(run, cfg, teacher, student, layers, plans, train_data, data, kernel, shared)
+    describe(run, cfg, teacher, student, layers, plans, train_data, data, kernels, shared)
     fresh = run.resumed_from is None
     if layers and convert and fresh:
         ids = train_data.read(0, min(128, train_data.num_tokens))
@@ -234,7 +251,7 @@ def distil(cfg: DistillConfig, argv: list[str]) -> None:
             mean = sum(errors.values()) / len(errors)
             run.logger.say(f"calibrated on {cfg.calibrate_tokens} tokens: mean error {mean:.3f}")
         # The fits round differently on different devices, and align has no DDP to level that.
-        broadcast(mixer_parameters(student).values(), world)
+        broadcast(mixer_parameters(student, layers).values(), world)
     if cfg.dry_run:
         run.logger.say("dry run: nothing trained")
         finish(run)
@@ -272,12 +289,12 @@ def distil(cfg: DistillConfig, argv: list[str]) -> None:
             if run.resumed["stage"] == plan.name and not table.has(row):
                 table.add(row, evaluator(student))
             continue
-        set_trainable(student, plan.stage)
+        set_trainable(student, plan.stage, layers)
         if plan.name == "align":
             keep = bool(plan.stage.unique_tokens)
             objective = AlignObjective(student, teacher, layers, world, keep=keep)
         else:
-            objective = HeadObjective(student, teacher, plan.stage, world, first)
+            objective = HeadObjective(student, teacher, plan.stage, world, layers, first)
         train_stage(
             run, plan, objective, train_data, student=student, teacher=teacher,
             evaluate=evaluate_and_sample,
@@ -295,16 +312,16 @@ def run_identity(cfg, layers, convert, plans: list[StagePlan], data: TokenDatase
     return {
         "script": "train_kd", "teacher": fingerprint(cfg.teacher),
         "student": fingerprint(cfg.student) if cfg.student else "", "layers": layers,
-        "mixer": cfg.mixer, "linear_rope": cfg.linear_rope, "data": data.fingerprint,
+        "mixer": cfg.mixer, **mixer_shape(cfg), "data": data.fingerprint,
         "seed": cfg.seed, "dtype": str(dtype), "doc_mask": cfg.doc_mask,
         "calibrate_tokens": cfg.calibrate_tokens if convert else 0, "stages": stages,
     }  # fmt: skip
 
 
-def describe(run, cfg, teacher, student, layers, plans, train_data, data, kernel, shared) -> None:
+def describe(run, cfg, teacher, student, layers, plans, train_data, data, kernels, shared) -> None:
     """The plan, before anything runs."""
     say, world = run.logger.say, run.world
-    mixers = sum(p.numel() for p in mixer_parameters(student).values())
+    mixers = sum(p.numel() for p in mixer_parameters(student, layers).values())
     say(f"layers: {student.config.layer_map()}  (L linear: {len(layers)} of {len(student.layers)})")
     say(
         f"teacher: {cfg.teacher}, {teacher.num_params():,} parameters; student: "
@@ -318,7 +335,7 @@ def describe(run, cfg, teacher, student, layers, plans, train_data, data, kernel
     )  # fmt: skip
     say(
         f"compute: {world.size} x {world.device.type}, {run.dtype}; softmax kernel {softmax}, "
-        f"linear kernel {kernel}, compile {'on' if compile_wanted(cfg, world) else 'off'}"
+        f"{kernel_line(kernels)}, compile {'on' if compile_wanted(cfg, world) else 'off'}"
     )
     if layers and getattr(teacher.config, "attention_sink", False):
         say("note: the attention sinks of converted layers are not carried over")

@@ -21,7 +21,6 @@ from pathlib import Path
 import numpy as np
 import torch
 import yaml
-from torch import nn
 
 import checkpoint
 from cli import to_dict
@@ -107,11 +106,10 @@ def compile_wanted(cfg: TrainConfig, world: World) -> bool:
     return cfg.torch_compile == "true"
 
 
-def set_kernel(model: Transformer, kernel: str) -> None:
-    """Every linear mixer's kernel."""
-    for block in model.layers:
-        if block.kind == "linear_attention":
-            block.linear_attn.kernel = kernel
+def kernel_line(kernels: dict[str, str]) -> str:
+    """The kernel of every linear mixer, for the console."""
+    each = ", ".join(f"{mixer} {kernel}" for mixer, kernel in kernels.items())
+    return f"linear kernel: {each or 'none'}"
 
 
 def run_folder(cfg: TrainConfig, script: str) -> Path:
@@ -270,10 +268,10 @@ def plan_stage(
     return StagePlan(name, stage, steps, rows, micro, cfg.seed + 1009 * index)
 
 
-def stage_optimizer(plan: StagePlan, params: dict[str, nn.Parameter], world: World) -> OptimizerSet:
-    """The stage's Muon + AdamW over exactly `params`."""
-    s = plan.stage
-    mixers = [n for n in params if ".linear_attn." in n]
+def stage_optimizer(plan: StagePlan, objective, world: World) -> OptimizerSet:
+    """The stage's Muon + AdamW over exactly the objective's parameters."""
+    s, params = plan.stage, objective.params
+    mixers = [n for n in params if n in objective.mixers]
     return build_optimizer(
         params.items(), lr=s.lr, mixer_lr=s.mixer_lr or None, mixer_params=mixers,
         muon_lr=s.muon_lr or None, weight_decay=s.weight_decay, use_muon=s.use_muon,
@@ -328,7 +326,7 @@ def train_stage(
         micro_batch=plan.micro_batch, rank=world.rank, world_size=world.size, seed=plan.seed,
         doc_mask=cfg.doc_mask,
     )  # fmt: skip
-    optimizer = stage_optimizer(plan, objective.params, world)
+    optimizer = stage_optimizer(plan, objective, world)
     start = 0
     if run.resumed and run.resumed["stage"] == plan.name:
         start = run.resumed["stage_step"]

@@ -5,6 +5,11 @@ Tolerances are RMS-error ratios. Everything random is seeded here, so a failure 
 
 from __future__ import annotations
 
+import importlib
+import sys
+from unittest import mock
+
+import pytest
 import torch
 from torch import Tensor, nn
 
@@ -31,6 +36,14 @@ def assert_close_rms(actual: Tensor, expected: Tensor, tol: float | None = None,
     tol = TOLERANCE[actual.dtype] if tol is None else tol
     ratio = rms_ratio(actual, expected)
     assert ratio <= tol, f"{what}: RMS ratio {ratio:.2e}, at most {tol:.0e} expected"
+
+
+def stock(module: str):
+    """A module of transformers, with its own PyTorch code: where fla is installed transformers
+    takes fla's Triton kernels, which a CPU cannot run."""
+    pytest.importorskip("transformers")
+    with mock.patch.dict(sys.modules, {"fla": None}):
+        return importlib.import_module(module)
 
 
 def tiny_config(kinds: str = "FF", **overrides) -> ModelConfig:

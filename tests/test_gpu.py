@@ -14,9 +14,9 @@ from config import ModelConfig
 from data import TokenDataset, eval_batches
 from distributed import compile_blocks
 from evaluate import inputs
+from hybrid_layers import set_kernels
 from layers import sdpa_priority
 from model import Transformer
-from trainer import set_kernel
 
 pytestmark = [
     pytest.mark.gpu,
@@ -34,7 +34,7 @@ def hybrid(**changes) -> Transformer:
     torch.manual_seed(3)
     model = Transformer(ModelConfig(**{**fields, **changes}))
     model.init_weights()
-    set_kernel(model, "chunk")
+    set_kernels(model, {"gated_deltanet": "chunk"})
     return model
 
 

@@ -10,15 +10,18 @@ import torch.nn.functional as F
 from kit import TOLERANCE, assert_close_rms, tiny_config
 
 from layers import (
-    LayerCache,
+    Cache,
     RMSNorm,
     SeqInfo,
     ShortConvolution,
     apply_rope,
     attention_kernel,
+    cached_attention,
     causal_mask,
+    last_tokens,
     rope_frequencies,
     softmax_attention,
+    token_shift,
 )
 
 BOUNDS = [0, 1, 3, 20, 27, 27]
@@ -140,28 +143,51 @@ def make_conv(taps):
 @pytest.mark.parametrize("length", [1, 2, 33])
 def test_short_convolution_equals_conv1d(taps, length):
     conv, x = make_conv(taps), randn(2, length, 5).requires_grad_()
-    y, state = conv(x, None)
+    y = conv(x, sequence(length))
     expected = F.conv1d(F.pad(x.mT, (taps - 1, 0)), conv.weight, groups=5).mT
     compare(y, expected, [x, conv.weight])
-    assert state.shape == (2, taps - 1, 5)
+
+
+def test_short_convolution_bias():
+    conv, x = ShortConvolution(5, 4, bias=True).double(), randn(2, 9, 5)
+    conv.init_weights()
+    plain = conv(x, sequence(9))
+    torch.nn.init.constant_(conv.bias, 0.5)
+    assert_close_rms(conv(x, sequence(9)), plain + 0.5)
 
 
 @pytest.mark.parametrize("taps", [1, 4])
-def test_short_convolution_carries_its_state(taps):
-    """Also in pieces shorter than the state."""
+def test_short_convolution_carries_its_inputs(taps):
+    """Also in pieces shorter than what is held."""
     conv, x = make_conv(taps), randn(2, 17, 5)
-    outs, state = [], None
+    outs, held = [], None
     for a, b in itertools.pairwise((0, 1, 2, 4, 11, 17)):
-        y, state = conv(x[:, a:b], None, state)
-        outs.append(y)
-    assert_close_rms(torch.cat(outs, 1), conv(x, None)[0])
+        outs.append(conv(x[:, a:b], sequence(b - a), held))
+        held = last_tokens(x[:, a:b], taps - 1, sequence(b - a), held)
+        assert held.shape == (2, taps - 1, 5)
+    assert_close_rms(torch.cat(outs, 1), conv(x, sequence(17)))
 
 
 def test_short_convolution_stops_at_documents():
     conv, x = make_conv(4), randn(1, 27, 5).requires_grad_()
-    y, _ = conv(x, sequence(27, BOUNDS).positions)
-    alone = [conv(x[:, a:b], None)[0] for a, b in itertools.pairwise(BOUNDS) if b > a]
+    y = conv(x, sequence(27, BOUNDS))
+    alone = [conv(x[:, a:b], sequence(b - a)) for a, b in itertools.pairwise(BOUNDS) if b > a]
     compare(y, torch.cat(alone, 1), [x, conv.weight])
+
+
+def test_token_shift_and_last_tokens_of_documents():
+    x = randn(1, 27, 5)
+    moved, last = (
+        token_shift(x, sequence(27, BOUNDS)),
+        last_tokens(x, 3, sequence(27, BOUNDS), None),
+    )
+    for i, (a, b) in enumerate(itertools.pairwise(BOUNDS)):
+        alone = F.pad(x[:, a:b], (0, 0, 3, 0))
+        assert torch.equal(last[i], alone[0, -3:])
+        assert torch.equal(moved[:, a:b], alone[:, 2:-1])
+    whole = token_shift(x, sequence(27))
+    held = last_tokens(x[:, :9], 1, sequence(9), None)
+    assert torch.equal(token_shift(x[:, 9:], sequence(18), held), whole[:, 9:])
 
 
 # ---- softmax attention
@@ -239,48 +265,87 @@ def test_packed_documents_are_each_alone(window, compiled):
     compare(actual, torch.cat(alone, 1), inputs)
 
 
+# ---- cache
+
+
+def calls(cuts, batch, cache=None):
+    """(a, b, SeqInfo) of calls on a cache that is advanced after each."""
+    cache = Cache(1) if cache is None else cache
+    for a, b in itertools.pairwise(cuts):
+        seq = sequence(b - a)
+        if cache.lengths is not None:
+            where = cache.lengths[:, None] + torch.arange(b - a)
+            seq = seq._replace(
+                positions=where, past=cache.lengths, held=cache.longest, even=cache.even
+            )
+        yield a, b, seq, cache[0]
+        cache.advance(batch, b - a, None, "cpu")
+
+
 @pytest.mark.parametrize("window", [1, *WINDOWS])
 @pytest.mark.parametrize("sink", [False, True])
-def test_decode_sees_what_prefill_sees(window, sink):
+@pytest.mark.parametrize("static", [False, True])
+def test_decode_sees_what_prefill_sees(window, sink, static):
     """One token at a time, and several at once onto a cache that holds something."""
     q, k, v = (x.detach() for x in make_qkv(27, batch=2))
     sink = randn(6) if sink else None
     expected = attend(q, k, v, window=window, sink=sink)
-    cache, outs = LayerCache(), []
-    for a, b in itertools.pairwise((0, 1, 2, 9, 10, 11, 16, 27)):
-        keys, values = cache.append(k[:, a:b], v[:, a:b], window)
-        outs.append(
-            softmax_attention(
-                q[:, a:b], keys, values, sequence(b - a), window=window, sink=sink, cached=True
-            )
-        )
+    outs = []
+    for a, b, seq, cache in calls((0, 1, 2, 9, 10, 11, 16, 27), 2, Cache(1, 27, static)):
+        parts = (x[:, a:b] for x in (q, k, v))
+        if not a:
+            cache.fill(k[:, a:b], v[:, a:b], seq, window)
+            outs.append(softmax_attention(*parts, seq, window=window, sink=sink))
+        else:
+            held = cache.append(k[:, a:b], v[:, a:b], seq, window)
+            outs.append(cached_attention(q[:, a:b], *held, sink))
     assert_close_rms(torch.cat(outs, 1), expected)
 
 
-# ---- cache
+@pytest.mark.parametrize("window", [1, *WINDOWS])
+@pytest.mark.parametrize("sink", [False, True])
+def test_rows_of_different_length(window, sink):
+    """Packed prompts become the rows of a cache; each then sees its own past only."""
+    lengths, more = (9, 1, 4), 8
+    q, k, v = (x.detach() for x in make_qkv(max(lengths) + more, batch=3))
+    sink = randn(6) if sink else None
+    expected = attend(q, k, v, window=window, sink=sink)
+    bounds = list(itertools.accumulate(lengths, initial=0))
+    prompts = [torch.cat([x[i, :n] for i, n in enumerate(lengths)])[None] for x in (q, k, v)]
+    cache, seq = Cache(1), sequence(bounds[-1], bounds)._replace(max_seqlen=max(lengths))
+    cache[0].fill(*prompts[1:], seq, window)
+    cache.advance(1, bounds[-1], seq.cu_seqlens, "cpu")
+    assert (cache.longest, cache.even, cache.lengths.tolist()) == (9, False, list(lengths))
+    row = torch.arange(3)[:, None]
+    for _, _, seq, layer in calls((0, 1, 2, 5, 6), 3, cache):
+        parts = [x[row, seq.positions] for x in (q, k, v)]
+        out = cached_attention(parts[0], *layer.append(*parts[1:], seq, window), sink)
+        assert_close_rms(out, expected[row, seq.positions])
 
 
 def test_cache_grows_and_keeps_everything():
     k, v = randn(2, 300, 3, 4), randn(2, 300, 3, 4, seed=1)
-    cache, capacities = LayerCache(), set()
-    for a, b in itertools.pairwise((0, 5, 6, 63, 64, 65, 66, 200, 300)):
-        keys, values = cache.append(k[:, a:b], v[:, a:b])
-        assert torch.equal(keys, k[:, :b])
-        assert torch.equal(values, v[:, :b])
-        assert cache.length == b
-        capacities.add(cache.k.shape[1])
+    capacities = set()
+    for a, b, seq, cache in calls((0, 5, 6, 63, 64, 65, 66, 200, 300), 2):
+        if not a:
+            cache.fill(k[:, a:b], v[:, a:b], seq, 0)
+        else:
+            keys, values, _ = cache.append(k[:, a:b], v[:, a:b], seq, 0)
+            assert torch.equal(keys, k[:, :b])
+            assert torch.equal(values, v[:, :b])
+        capacities.add(cache.k.shape[2])
     assert capacities == {64, 128, 256, 512}  # few reallocations
-    assert cache.num_bytes() == 2 * 2 * 512 * 3 * 4 * 8
 
 
 def test_window_cache_holds_a_window():
     k, v = randn(1, 300, 3, 4), randn(1, 300, 3, 4, seed=1)
     for cuts in ((0, 300), (0, 2, 9, 10, 300), range(40)):
-        cache = LayerCache()
-        for a, b in itertools.pairwise(cuts):
-            cache.append(k[:, a:b], v[:, a:b], 7)
-        assert cache.length == b
-        assert torch.equal(cache.k, k[:, b - 7 : b])
-        assert torch.equal(cache.v, v[:, b - 7 : b])
+        whole = Cache(1)
+        for a, b, seq, cache in calls(cuts, 1, whole):
+            add = cache.fill if not a else cache.append
+            add(k[:, a:b], v[:, a:b], seq, 7)
+        order = torch.arange(b - 7, b) % 7
+        assert torch.equal(cache.k[:, :, order], k[:, b - 7 : b].transpose(1, 2))
+        assert torch.equal(cache.v[:, :, order], v[:, b - 7 : b].transpose(1, 2))
         held = cache.k.untyped_storage().nbytes() + cache.v.untyped_storage().nbytes()
-        assert held == cache.num_bytes() == 2 * 7 * 3 * 4 * 8
+        assert held == whole.num_bytes() == 2 * 7 * 3 * 4 * 8

@@ -10,28 +10,32 @@ import itertools
 import pytest
 import torch
 import torch.nn.functional as F
-from kit import assert_close_rms, gradients, randomise, rms_ratio, tiny_config, tiny_model
+from kit import assert_close_rms, gradients, randomise, rms_ratio, stock, tiny_config, tiny_model
 from torch import nn
 
 from hybrid_layers import MIXERS, build_mixer, convert_config
-from layers import LayerCache, apply_rope
-from mixers.gated_deltanet import inverse_silu, inverse_softplus
-from model import Attention
+from layers import Attention, Cache, apply_rope
+from mixers.base import inverse_silu, inverse_softplus
 from ops.gated_delta_rule import naive_gated_delta_rule
 
 every_mixer = pytest.mark.parametrize("name", MIXERS)
+# A softmax window starts as its teacher and has nothing else to initialise or calibrate.
+every_linear = pytest.mark.parametrize("name", [n for n in MIXERS if n != "sliding_window"])
 rope = pytest.mark.parametrize("rope", [False, True], ids=["", "rope"])
 BOUNDS = [0, 1, 3, 70, 95, 95]
 
 
 def make(name, *, length=0, cu_seqlens=None, dtype=torch.float64, **overrides):
     """A random mixer, an input [1, T, d], and what stands where in it."""
-    model = tiny_model("L", mixer=[name], dtype=dtype, **overrides)
+    if name == "sliding_window":
+        model = tiny_model("S", dtype=dtype, **overrides)
+    else:
+        model = tiny_model("L", mixer=[name], dtype=dtype, **overrides)
     length = length or cu_seqlens[-1]
     bounds = None if cu_seqlens is None else torch.tensor(cu_seqlens, dtype=torch.int32)
     generator = torch.Generator().manual_seed(1)
     x = torch.randn(1, length, model.config.hidden_size, generator=generator, dtype=dtype)
-    return model.layers[0].linear_attn, x, model.seq_info(length, cu_seqlens=bounds), model
+    return model.layers[0].attention, x, model.seq_info(length, cu_seqlens=bounds), model
 
 
 def formula(mixer, x, seq):
@@ -79,7 +83,7 @@ def test_gated_deltanet_is_its_formula(shape, length):
 
 @pytest.mark.parametrize("heads", [(4, 4), (2, 6)], ids=["equal heads", "more value heads"])
 def test_gated_deltanet_equals_transformers(heads):
-    qwen = pytest.importorskip("transformers.models.qwen3_5.modeling_qwen3_5")
+    qwen = stock("transformers.models.qwen3_5.modeling_qwen3_5")
     from transformers import Qwen3_5TextConfig
 
     shape = dict(
@@ -116,7 +120,7 @@ def test_gated_deltanet_equals_transformers(heads):
 @every_mixer
 @rope
 def test_strictly_causal_and_reaches_every_later_token(name, rope):
-    mixer, x, seq, _ = make(name, length=70, linear_rope=rope)
+    mixer, x, seq, _ = make(name, length=70, linear_rope=rope, sliding_window=99)
     with torch.no_grad():
         before = mixer(x, seq)
         for t in (0, 1, 40, 63, 64, 69):
@@ -146,12 +150,13 @@ def test_packed_documents_are_each_alone(name, rope):
 @pytest.mark.parametrize("prefill", [1, 2, 66])
 def test_prefill_and_decode_is_the_full_forward(name, rope, prefill):
     mixer, x, seq, model = make(name, length=prefill + 9, linear_rope=rope)
-    cache, outs = LayerCache(), []
+    cache, outs = Cache(1), []
     cuts = [0, prefill, *range(prefill + 1, prefill + 6), prefill + 9]  # four at once at the end
     with torch.no_grad():
         for a, b in itertools.pairwise(cuts):
-            assert cache.length == a
-            outs.append(mixer(x[:, a:b], model.seq_info(b - a, past=a), cache))
+            assert cache.longest == a
+            outs.append(mixer(x[:, a:b], model.seq_info(b - a, cache=cache), cache[0]))
+            cache.advance(1, b - a, None, x.device)
         assert_close_rms(torch.cat(outs, 1), mixer(x, seq))
 
 
@@ -160,14 +165,15 @@ def test_memory_does_not_grow_with_the_context(name):
     held = []
     for length in (5, 400):
         mixer, x, seq, _ = make(name, length=length, dtype=torch.float32)
-        cache = LayerCache()
+        cache = Cache(1)
         with torch.no_grad():
-            mixer(x, seq, cache)
-        tensors = [cache.state, *cache.conv.values()]
+            mixer(x, seq, cache[0])
         # Of the storage, since a view of a few rows keeps all of it.
-        held.append(sum(t.untyped_storage().nbytes() for t in tensors))
+        held.append(sum(t.untyped_storage().nbytes() for t in cache[0].tensors()))
         assert cache.num_bytes() == held[-1]
-        assert cache.state.dtype == torch.float32
+        state = cache[0].state
+        for t in state if isinstance(state, tuple) else (state,):
+            assert t is None or t.dtype == torch.float32
     assert held[0] == held[1] > 0
 
 
@@ -182,7 +188,7 @@ def test_bfloat16_autocast_stays_near_float32(name):
     gradients(actual.float().square().sum(), mixer)
 
 
-@every_mixer
+@every_linear
 def test_init_weights_leaves_nothing_unset(name):
     with torch.device("meta"):
         mixer = build_mixer(name, tiny_config("L", mixer=[name], linear_bias=True))
@@ -236,7 +242,7 @@ def test_from_attention_keeps_q_k_v_of_every_head(name, teacher):
     assert torch.equal(mixer.o_proj.weight, attention.o_proj.weight)
 
 
-@every_mixer
+@every_linear
 def test_from_attention_of_bfloat16_without_bias_into_biases(name):
     """A linear layer may have biases where the softmax layer has none: they become zero."""
     config = tiny_config("F")
@@ -247,7 +253,7 @@ def test_from_attention_of_bfloat16_without_bias_into_biases(name):
     assert all(p.dtype == torch.float32 for p in mixer.parameters())
 
 
-@every_mixer
+@every_linear
 def test_from_attention_refuses_other_shapes(name):
     attention = Attention(tiny_config("F"), 0)
     for shape in ({"linear_num_value_heads": 8}, {"linear_value_head_dim": 6}):
@@ -256,7 +262,7 @@ def test_from_attention_refuses_other_shapes(name):
             mixer.from_attention(attention)
 
 
-@every_mixer
+@every_linear
 def test_calibrate_lowers_the_error(name):
     attention, mixer, _ = converted(name)
     model = tiny_model("F", dtype=torch.float32)

@@ -123,7 +123,32 @@ def test_prefill_and_decode_is_the_full_forward(kinds, options, prefill):
         for a, b in itertools.pairwise(cuts):
             outs.append(model(ids[:, a:b], cache=cache))
         assert_close_rms(torch.cat(outs, 1), model(ids))
-    assert {c.length for c in cache} == {prefill + 9}
+    assert cache.longest == prefill + 9
+    assert cache.lengths.tolist() == [prefill + 9] * 2
+
+
+@every_map
+@options
+def test_prompts_of_different_length_are_each_alone(kinds, options):
+    """Prefilled as one packed row, then decoded as rows of a batch, one and two tokens a call."""
+    model, more = tiny_model(kinds, **options), 6
+    lengths = (67, 1, 2, 13)
+    ids = random_ids(model, len(lengths), max(lengths) + more)
+    bounds = list(itertools.accumulate(lengths, initial=0))
+    prompts = torch.cat([row[:n] for row, n in zip(ids, lengths, strict=True)])[None]
+    cache = model.new_cache()
+    with torch.no_grad():
+        packed = model(
+            prompts, cache=cache, cu_seqlens=torch.tensor(bounds), max_seqlen=max(lengths)
+        )
+        outs = []
+        for size in (1, 1, 2, 1, 1):
+            where = cache.lengths[:, None] + torch.arange(size)
+            outs.append(model(ids.gather(1, where), cache=cache))
+        outs = torch.cat(outs, 1)
+        for i, n in enumerate(lengths):
+            alone = model(ids[i : i + 1, : n + more])[0]
+            assert_close_rms(torch.cat([packed[0, bounds[i] : bounds[i + 1]], outs[i]]), alone)
 
 
 @pytest.mark.parametrize("packed", [False, True])

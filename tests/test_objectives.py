@@ -121,7 +121,7 @@ def test_head_losses_do_not_depend_on_micro_batches(teacher, data, kd_weight):
     rows = [0, 1, 2, 3]
     valid = {pack_rows(data, [i], 40, True).num_valid for i in rows}
     assert len(valid) > 1
-    objective = HeadObjective(student, teacher, stage, ONE)
+    objective = HeadObjective(student, teacher, stage, ONE, LAYERS)
     whole = gradients(objective, [pack_rows(data, rows, 40, True)])
     split = gradients(objective, [pack_rows(data, [i], 40, True) for i in rows])
     assert whole[0]["loss"] == pytest.approx(split[0]["loss"].item(), rel=1e-9)
@@ -132,7 +132,7 @@ def test_head_losses_do_not_depend_on_micro_batches(teacher, data, kd_weight):
 def test_distilling_the_teacher_into_itself_costs_nothing(teacher, data):
     student = copy.deepcopy(teacher).requires_grad_(True)
     batches = [pack_rows(data, [0, 1], 40, True)]
-    sums, grads = gradients(HeadObjective(student, teacher, StageConfig(), ONE), batches)
+    sums, grads = gradients(HeadObjective(student, teacher, StageConfig(), ONE, LAYERS), batches)
     assert abs(sums["loss"].item()) < 1e-12
     assert max(g.abs().max().item() for g in grads.values()) < 1e-9
 
@@ -145,8 +145,8 @@ def test_a_shared_trunk_changes_nothing(teacher, data):
     for name, p in alone.named_parameters():
         p.requires_grad_(".linear_attn." in name)
     shared = make_student(teacher, share_trunk=True)
-    a = gradients(HeadObjective(alone, teacher, stage, ONE), batches)
-    b = gradients(HeadObjective(shared, teacher, stage, ONE, first=min(LAYERS)), batches)
+    a = gradients(HeadObjective(alone, teacher, stage, ONE, LAYERS), batches)
+    b = gradients(HeadObjective(shared, teacher, stage, ONE, LAYERS, first=min(LAYERS)), batches)
     assert a[1].keys() == b[1].keys() and all(".linear_attn." in n for n in a[1])
     assert a[0]["loss"] == pytest.approx(b[0]["loss"].item(), rel=1e-9)
     for name, grad in a[1].items():

@@ -1,0 +1,273 @@
+"""The chunked forms that the recurrences share: matrix products within a chunk of tokens, a state
+carried from chunk to chunk, documents of a packed row kept apart by masks.
+
+Two families. Linear: S_t = D_t S_{t-1} + k_t v_t^T; delta: the value written is first corrected
+by what the state already holds. D_t is one, a number per head, or one per key. The op files give
+the equations and their sources.
+Check: `pytest tests/ops`.
+
+Shapes: B batch (rows that run side by side), T time, H heads, K key size, V value size, n chunks,
+C chunk size, N documents. Chunked tensors are [B, H, n, C, *]; states [B, H, K, V], in float32, or
+float64 for float64 inputs. Log decays are <= 0.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+CHUNK = 64
+BLOCK = 16  # with a decay per key, differences are formed in blocks of so many tokens
+
+
+def state_dtype(v: Tensor) -> torch.dtype:
+    """float64 for float64 inputs, else float32."""
+    return torch.float64 if v.dtype == torch.float64 else torch.float32
+
+
+def zero_state(k: Tensor, v: Tensor) -> Tensor:
+    """[B, H, K, V] zeros for k [B, ..., H, K] and v [B, ..., H, V]."""
+    shape = (k.shape[0], k.shape[-2], k.shape[-1], v.shape[-1])
+    return torch.zeros(shape, dtype=state_dtype(v), device=v.device)
+
+
+def run_steps(
+    step: Callable, inputs: tuple[Tensor, ...], state: Tensor, **options
+) -> tuple[Tensor, Tensor]:
+    """The recurrence one token at a time: inputs [B, T, ...] -> o [B, T, H, V], last state."""
+    outs = []
+    for t in range(inputs[0].shape[1]):
+        o, state = step(*(x[:, t] for x in inputs), initial_state=state, **options)
+        outs.append(o)
+    return torch.stack(outs, 1), state
+
+
+def per_document(
+    op: Callable,
+    inputs: tuple[Tensor | None, ...],
+    cu_seqlens: Tensor,
+    initial_state: Tensor | None,
+    output_final_state: bool,
+    empty_state: Tensor,
+    **options,
+) -> tuple[Tensor, Tensor | None]:
+    """Run `op` on each document alone: the plain definition of packing, and the form that takes
+    and returns a state per document. inputs [1, T, ...]; `empty_state` [1, H, K, V] is that of a
+    document without tokens (they pad cu_seqlens)."""
+    outs, finals = [], []
+    for i, (a, b) in enumerate(itertools.pairwise(cu_seqlens.tolist())):
+        state = None if initial_state is None else initial_state[i : i + 1]
+        if a == b:
+            finals.append(empty_state if state is None else state)
+            continue
+        parts = (None if x is None else x[:, a:b] for x in inputs)
+        o, final = op(*parts, initial_state=state, output_final_state=True, **options)
+        outs.append(o)
+        finals.append(final)
+    return torch.cat(outs, 1), (torch.cat(finals) if output_final_state else None)
+
+
+class Chunks:
+    """How [B, T, H, *] is cut into chunks, and which tokens belong to the same document.
+
+    With `cu_seqlens` [N + 1] (B = 1) the packed tokens are `rows` rows of equal length, each of
+    which begins a document; they run side by side, as a batch.
+    """
+
+    def __init__(self, v: Tensor, size: int, cu_seqlens: Tensor | None = None, rows: int = 1):
+        batch, length = v.shape[:2]
+        self.dtype, self.out_dtype, self.shape = state_dtype(v), v.dtype, v.shape
+        self.packed = cu_seqlens is not None
+        if self.packed:
+            batch, (length, rest) = rows, divmod(length, rows)
+            assert rest == 0, (v.shape, rows)
+        self.batch, self.length = batch, length
+        self.size = min(size, -(-length // BLOCK) * BLOCK)
+        self.n = -(-length // self.size)
+        self.pad = self.n * self.size - length
+        square = torch.ones(self.size, self.size, dtype=torch.bool, device=v.device)
+        self.causal = square.tril()  # [C, C], or [B, 1, n, C, C] with documents
+        if self.packed:
+            time = torch.arange(v.shape[1], device=v.device)
+            doc = torch.searchsorted(cu_seqlens[1:].contiguous(), time, right=True)
+            doc = doc.view(batch, length)
+            doc = torch.cat([doc, doc[:, -1:].expand(-1, self.pad)], 1)
+            doc = doc.view(batch, 1, self.n, self.size)
+            self.end = doc[..., -1:]  # the document whose state leaves the chunk
+            first = torch.full_like(self.end[:, :, :1], -1)
+            self.before = torch.cat([first, self.end[:, :, :-1]], 2)  # that of the entering state
+            self.causal = self.causal & (doc[..., :, None] == doc[..., None, :])
+            self.read = (doc == self.before).unsqueeze(-1)  # [B, 1, n, C, 1]
+            self.write = (doc == self.end).unsqueeze(-1)
+            self.keep = (self.end == self.before).unsqueeze(-1)  # [B, 1, n, 1, 1]
+
+    def cut(self, x: Tensor) -> Tensor:
+        """[B, T, H] or [B, T, H, *] -> [B, H, n, C, 1 or *], zero-padded, in the state's type."""
+        x = x.unsqueeze(-1) if x.dim() == 3 else x
+        x = x.reshape(self.batch, self.length, *x.shape[2:]).to(self.dtype).transpose(1, 2)
+        x = F.pad(x, (0, 0, 0, self.pad))
+        return x.reshape(*x.shape[:2], self.n, self.size, x.shape[-1])
+
+    def join(self, o: Tensor) -> Tensor:
+        """[B, H, n, C, V] -> v's shape and type."""
+        o = o.flatten(2, 3)[:, :, : self.length].transpose(1, 2)
+        return o.reshape(self.shape).to(self.out_dtype)
+
+    def reads(self, total: Tensor) -> Tensor:
+        """Decay since the chunk began, exp(total); zero where another document's state enters."""
+        return total.exp() * self.read if self.packed else total.exp()
+
+    def writes(self, total: Tensor) -> Tensor:
+        """Decay from each token to the chunk's end; zero if its document ends before."""
+        left = (total[..., -1:, :] - total).exp()
+        return left * self.write if self.packed else left
+
+    def keeps(self, total: Tensor) -> Tensor:
+        """Decay of the entering state over the chunk [B, H, n, 1 or K, 1]."""
+        kept = total[..., -1:, :].exp()
+        return (kept * self.keep if self.packed else kept).mT
+
+
+def scores(q: Tensor, k: Tensor, gq: Tensor, gk: Tensor, mask: Tensor) -> Tensor:
+    """sum_K q_i k_j exp(gq_i - gk_j) where mask, else 0: [B, H, n, C, C].
+
+    q, k [B, H, n, C, K]; gq, gk: log decay accumulated since the chunk began (gq up to i or up to
+    i - 1), [..., C, 1] or [..., C, K]; mask allows j <= i only (j < i for gq up to i - 1).
+    No exponent is ever positive: with a decay per key, keys of earlier blocks are taken relative
+    to the end of the block before the query's, and pairs within a block one by one.
+    """
+    if gq.shape[-1] == 1:
+        # Masking before exp keeps the unused upper triangle from overflowing into NaN gradients.
+        return q @ k.mT * (gq - gk.mT).masked_fill(~mask, -torch.inf).exp()
+    size = q.shape[-2]
+    rows = []
+    for a in range(0, size, BLOCK):
+        b = min(a + BLOCK, size)
+        near = (gq[..., a:b, None, :] - gk[..., None, a:b, :]).masked_fill(
+            ~mask[..., a:b, a:b, None], -torch.inf
+        )
+        row = [
+            torch.einsum("...ik,...jk,...ijk->...ij", q[..., a:b, :], k[..., a:b, :], near.exp())
+        ]
+        if a:
+            since = gk[..., a - 1 : a, :]
+            far = (q[..., a:b, :] * (gq[..., a:b, :] - since).exp()) @ (
+                k[..., :a, :] * (since - gk[..., :a, :]).exp()
+            ).mT
+            row.insert(0, far.masked_fill(~mask[..., a:b, :a], 0))
+        row.append(q.new_zeros(*row[0].shape[:-1], size - b))
+        rows.append(torch.cat(row, -1))
+    return torch.cat(rows, -2)
+
+
+def linear_chunks(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor | None,
+    chunks: Chunks,
+    initial_state: Tensor | None,
+    *,
+    bonus: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """S_t = exp(g_t) S_{t-1} + k_t v_t^T, o_t = S_t^T q_t. Tensors [B, T, H, *], q scaled already;
+    g [B, T, H], [B, T, H, K] or None. With `bonus` u [H, K] (RWKV-6) the token itself counts with
+    diag(u) instead of one, undecayed: o_t = (S_{t-1} + diag(u) k_t v_t^T)^T q_t.
+    Returns o in v's shape and the last state."""
+    q, k, v = chunks.cut(q), chunks.cut(k), chunks.cut(v)
+    step = torch.zeros_like(q[..., :1]) if g is None else chunks.cut(g)
+    total = step.cumsum(-2)
+    seen, mask = total, chunks.causal
+    if bonus is not None:
+        seen, mask = total - step, mask & ~torch.eye(chunks.size, dtype=torch.bool, device=q.device)
+    o = scores(q, k, seen, total, mask) @ v
+    if bonus is not None:
+        o = o + (q * bonus.to(q.dtype)[:, None, None] * k).sum(-1, keepdim=True) * v
+    new = (k * chunks.writes(total)).mT @ v  # [B, H, n, K, V]
+    states, state = carry(new, total, chunks, initial_state)
+    # `reads` takes the document from the token; a token's own decay is in `seen`.
+    return chunks.join(o + (q * chunks.reads(seen)) @ states), state
+
+
+def carry(
+    new: Tensor, total: Tensor, chunks: Chunks, initial_state: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """The states entering each chunk [B, H, n, K, V], and the last, from what each adds."""
+    if initial_state is None:
+        initial_state = torch.zeros_like(new[:, :, 0])
+    if total.shape[-1] > 1:
+        return _carry_loop(new, chunks.keeps(total), initial_state)
+    # One decay per head: a product with the [n + 1, n] matrix of decays between chunks.
+    past = F.pad(total[..., -1, 0].cumsum(-1), (1, 0))  # [B, H, n + 1], before each chunk
+    n = chunks.n
+    earlier = torch.ones(n + 1, n, dtype=torch.bool, device=new.device).tril(-1)
+    if chunks.packed:
+        end = chunks.end[..., 0]  # [B, 1, n]
+        entering = torch.cat([chunks.before[..., 0], end[..., -1:]], -1)
+        earlier = earlier & (entering[..., :, None] == end[..., None, :])
+    between = (past[..., :, None] - past[..., None, 1:]).masked_fill(~earlier, -torch.inf).exp()
+    states = (between @ new.flatten(-2)).unflatten(-1, new.shape[-2:])
+    if not chunks.packed:  # a packed row has no initial state
+        states = states + past.exp()[..., None, None] * initial_state.unsqueeze(2)
+    return states[:, :, :-1], states[:, :, -1]
+
+
+@torch.compiler.disable  # one step per chunk: unrolled, a long row takes minutes to compile
+def _carry_loop(new: Tensor, keeps: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+    states = []
+    # unbind, not indexing: the backward of x[:, :, i] fills a whole tensor of zeros per chunk.
+    for add, keep in zip(new.unbind(2), keeps.unbind(2), strict=True):
+        states.append(state)
+        state = state * keep + add
+    return torch.stack(states, 2), state
+
+
+def delta_chunks(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor | None,
+    beta: Tensor,
+    chunks: Chunks,
+    initial_state: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """S_t = D_t S_{t-1} + k_t (beta_t (v_t - (D_t S_{t-1})^T k_t))^T, o_t = S_t^T q_t, D_t =
+    exp(g_t). Tensors [B, T, H, *], q scaled already; g [B, T, H], [B, T, H, K] or None.
+
+    The corrected values of a chunk solve a unit-triangular system (WY representation, Yang et al.
+    2024, arXiv 2406.06484, section 3). Returns o in v's shape and the last state.
+    """
+    q, k, v, beta = chunks.cut(q), chunks.cut(k), chunks.cut(v), chunks.cut(beta)
+    step = torch.zeros_like(beta) if g is None else chunks.cut(g)
+    total = step.cumsum(-2)
+    reads, kb = chunks.reads(total), k * beta
+    lower = scores(kb, k, total, total, chunks.causal).tril(-1)
+    rhs = torch.cat([v * beta, kb * reads], -1)
+    solved = torch.linalg.solve_triangular(lower, rhs, upper=False, unitriangular=True)
+    size = v.shape[-1]
+    if initial_state is None:
+        initial_state = v.new_zeros(*v.shape[:2], k.shape[-1], size)
+    o, state = scan_delta(
+        solved[..., :size], -solved[..., size:], scores(q, k, total, total, chunks.causal),
+        q * reads, (k * chunks.writes(total)).mT, chunks.keeps(total), initial_state,
+    )  # fmt: skip
+    return chunks.join(o), state
+
+
+@torch.compiler.disable  # see _carry_loop
+def scan_delta(
+    u: Tensor, w: Tensor, inner: Tensor, q_in: Tensor, k_out: Tensor, keep: Tensor, state: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Chunk by chunk: new = u + w S [C, V];  o = q_in S + inner new;  S <- keep S + k_out new.
+    All but the state are [B, H, n, ...]. Returns o [B, H, n, C, V] and the last state."""
+    outs = []
+    pieces = zip(*(x.unbind(2) for x in (u, w, inner, q_in, k_out, keep)), strict=True)
+    for u_i, w_i, inner_i, q_i, k_i, keep_i in pieces:
+        new = u_i + w_i @ state
+        outs.append(q_i @ state + inner_i @ new)
+        state = state * keep_i + k_i @ new
+    return torch.stack(outs, 2), state
