@@ -12,6 +12,7 @@ import difflib
 import math
 import os
 import sys
+import time
 import typing
 from pathlib import Path
 
@@ -188,4 +189,6 @@ def run_main(cls, main, argv: list[str] | None = None, default_preset=None) -> N
     except UserError as e:
         if os.environ.get("RANK", "0") == "0":
             print(f"error: {e}", file=sys.stderr, flush=True)
+        else:  # torchrun stops every rank when the first one ends: that must be the one that speaks
+            time.sleep(20)
         raise SystemExit(2) from None

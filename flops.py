@@ -1,7 +1,7 @@
 """FLOP counts, device peaks and MFU.
 
 Counts are per token, one multiply-add = 2. Shape legend for the formulas:
-    d hidden_size   H query heads   Q head_dim   T tokens per row   K, V linear head sizes
+    d hidden_size   H query heads   Q head_dim   T tokens per row
 Only matmuls (and the recurrences and short convolutions, which replace one) are counted; norms,
 activations, decays and the embedding lookup are not. Try it: pytest tests/test_metrics.py
 """
@@ -11,6 +11,7 @@ from __future__ import annotations
 import torch
 
 from config import ModelConfig
+from hybrid_layers import build_mixer
 
 # Dense (not 2:4 sparse) bf16/fp16 tensor-core peak, FLOP/s, from the vendors' data sheets. The
 # first substring found in the device's name counts, so the longer names come first.
@@ -62,25 +63,32 @@ def mfu(tokens_per_sec: float, flops: float, num_devices: int, peak: float | Non
 
 def _layer(config: ModelConfig, i: int, seq_len: int) -> tuple[int, int, float]:
     """(weights projecting into the mixer, those of o_proj and the convolutions, own FLOPs)."""
-    d = config.hidden_size
     if config.layer_types[i] == "linear_attention":
-        q_dim = config.linear_num_key_heads * config.linear_key_head_dim
-        v_dim = config.linear_num_value_heads * config.linear_value_head_dim
-        inner = d * (2 * q_dim + 2 * v_dim + 2 * config.linear_num_value_heads)  # qk, vg, ab
-        # S^T k (read), k beta(v - ..)^T (write), S^T q (output): three K x V multiply-adds a head.
-        return inner, v_dim * d + _taps(config, i), 6 * v_dim * config.linear_key_head_dim
-    q_dim = config.num_attention_heads * config.head_dim
+        mixer = _mixer(config, i)
+        out = mixer.o_proj.weight.numel()
+        weights = [p.numel() for n, p in mixer.named_parameters() if _is_matrix(n, p)]
+        return sum(weights) - out, out + _taps(config, i), mixer.recurrence_flops()
+    d, q_dim = config.hidden_size, config.num_attention_heads * config.head_dim
     inner = d * (q_dim + 2 * config.num_key_value_heads * config.head_dim)
     return inner, q_dim * d, 4 * q_dim * _mean_keys(config, i, seq_len)
 
 
+def _mixer(config: ModelConfig, i: int) -> torch.nn.Module:
+    """Linear layer i without storage."""
+    with torch.device("meta"):
+        return build_mixer(config.mixer_name(i), config)
+
+
+def _is_matrix(name: str, p: torch.Tensor) -> bool:
+    return name.endswith("weight") and p.ndim > 1 and "conv" not in name
+
+
 def _taps(config: ModelConfig, i: int) -> int:
-    """Weights of a linear layer's short convolutions over q, k and v, each used once a token."""
+    """Weights of a linear layer's short convolutions, each used once a token."""
     if config.layer_types[i] != "linear_attention":
         return 0
-    q_dim = config.linear_num_key_heads * config.linear_key_head_dim
-    v_dim = config.linear_num_value_heads * config.linear_value_head_dim
-    return config.linear_conv_kernel_dim * (2 * q_dim + v_dim)
+    named = _mixer(config, i).named_parameters()
+    return sum(p.numel() for n, p in named if "conv" in n and p.ndim > 1)
 
 
 def _span(config: ModelConfig, i: int, seq_len: int) -> int:
@@ -101,9 +109,8 @@ def _mean_keys(config: ModelConfig, i: int, seq_len: int) -> float:
 def matmul_params(config: ModelConfig) -> int:
     """N: weights used in matmuls. Head d * vocab once, tied or not; no embedding lookup.
 
-    Per layer: MLP 3 d f; softmax d (H + 2 H_kv) Q + H Q d; linear, for H_k key and H_v value
-    heads, d (2 H_k K [q, k] + 2 H_v V [v, g] + 2 H_v [a, b]) + H_v V d [o]. Mixers other than
-    gated_deltanet are counted as if they had these projections, which they do within a few percent.
+    Per layer: MLP 3 d f; softmax d (H + 2 H_kv) Q + H Q d; linear the matrices it has, short
+    convolutions apart.
     """
     mlp = 3 * config.hidden_size * config.intermediate_size
     layers = range(config.num_hidden_layers)
@@ -127,8 +134,8 @@ def forward_flops(config: ModelConfig, seq_len: int) -> float:
     """Useful FLOPs of one forward, per token: 2 N + sum of the mixers' own.
 
     A softmax layer adds 4 H Q keys (q k^T and p v; keys = average over causal queries, see
-    _mean_keys), a linear one 6 H_v K V (the recurrence itself, not its chunked form, which spends
-    more to run faster) + 2 W (2 H_k K + H_v V) for short convolutions of width W.
+    _mean_keys), a linear one its `recurrence_flops` (the recurrence itself, not its chunked form,
+    which spends more to run faster) + 2 for every weight of its short convolutions.
     """
     layers = range(config.num_hidden_layers)
     own = sum(2 * _taps(config, i) + _layer(config, i, seq_len)[2] for i in layers)

@@ -9,6 +9,7 @@ Greedy at `--temperature 0`. Check: `pytest tests/test_generate.py`.
 from __future__ import annotations
 
 import argparse
+import itertools
 import sys
 
 import torch
@@ -19,39 +20,121 @@ from model import Transformer
 from tokenizer import load_tokenizer
 
 
+def for_decoding(model: Transformer, dtype: torch.dtype = torch.bfloat16) -> Transformer:
+    """Matrices in `dtype`, in place: under autocast they would be cast again at every token. What
+    is kept in float32 (decays, norms) stays."""
+    for module in model.modules():
+        if isinstance(module, torch.nn.Linear | torch.nn.Embedding):
+            module.to(dtype)
+    return model
+
+
+class Decoder:
+    """A model and the memory of a batch of sequences: `prefill` prompts, then `step` token by
+    token. On CUDA a step can be recorded once as a CUDA graph and replayed (`graph`): one launch
+    instead of hundreds, which is what decoding small models waits for.
+
+    capacity: tokens a sequence can have; needed with `graph`, where it is the limit and every step
+    reads that much of the keys and values of softmax layers.
+    """
+
+    def __init__(self, model: Transformer, capacity: int = 0, *, graph: bool = False):
+        assert capacity or not graph
+        self.model, self.cache = model, model.new_cache(capacity, static=graph)
+        self.use_graph, self.graph = graph, None
+        self.tokens: Tensor | None = None  # what the graph reads [B, 1]
+        self.logits: Tensor | None = None  # and writes [B, V]
+
+    def head(self, hidden: Tensor) -> Tensor:
+        """[B, d] -> float32 logits [B, V]."""
+        return torch.nn.functional.linear(hidden, self.model.head_weight).float()
+
+    @torch.inference_mode()
+    def prefill(self, prompts: list[list[int]]) -> Tensor:
+        """Read the prompts, as one packed row: lengths may differ. Returns the logits of what
+        follows each [B, V]."""
+        device = self.model.embed_tokens.weight.device
+        lengths = [len(p) for p in prompts]
+        with torch.compiler.set_stance("force_eager"):
+            if len(set(lengths)) == 1:
+                ids = torch.tensor(prompts, device=device)
+                return self.head(self.model(ids, cache=self.cache)[:, -1])
+            bounds = list(itertools.accumulate(lengths, initial=0))
+            ids = torch.tensor([t for p in prompts for t in p], device=device)[None]
+            cu_seqlens = torch.tensor(bounds, dtype=torch.int32, device=device)
+            hidden = self.model(
+                ids, cache=self.cache, cu_seqlens=cu_seqlens, max_seqlen=max(lengths)
+            )
+            return self.head(hidden[0, cu_seqlens[1:].long() - 1])
+
+    @torch.inference_mode()
+    def step(self, tokens: Tensor) -> Tensor:
+        """Add one token to every sequence, [B] int64 on the model's device; returns the logits of
+        the next [B, V] (of a graph: valid until the next step)."""
+        # Lengths differ every step: compiled blocks would compile again and again.
+        with torch.compiler.set_stance("force_eager"):
+            if not self.use_graph:
+                return self.head(self.model(tokens[:, None], cache=self.cache)[:, -1])
+            if self.graph is None:
+                return self._record(tokens)
+        self.tokens.copy_(tokens[:, None])
+        self.graph.replay()
+        self.cache.longest += 1
+        return self.logits
+
+    def _record(self, tokens: Tensor) -> Tensor:
+        """The first step runs by itself, which also lets libraries set themselves up; then it is
+        recorded. Recording computes nothing, so what it would have added is not counted."""
+        logits = self.head(self.model(tokens[:, None], cache=self.cache)[:, -1])
+        self.tokens, longest = tokens[:, None].clone(), self.cache.longest
+        torch.cuda.synchronize()
+        self.graph = torch.cuda.CUDAGraph()
+        # Autocast keeps casts of the weights: those made here would live in the graph's memory.
+        with torch.cuda.graph(self.graph):
+            self.logits = self.head(self.model(self.tokens, cache=self.cache)[:, -1])
+        self.cache.longest = longest
+        return logits
+
+
 @torch.inference_mode()
-def generate(
+def generate_batch(
     model: Transformer,
-    ids: list[int],
+    prompts: list[list[int]],
     max_new_tokens: int,
     *,
     temperature: float = 0.0,
     top_p: float = 1.0,
     eos: int | None = None,
     generator: torch.Generator | None = None,
-) -> list[int]:
-    """Continue `ids`: one prefill, then one token a step. Stops after `eos`.
+    graph: bool = False,
+) -> list[list[int]]:
+    """Continue each of `prompts`, of any lengths, together. A sequence stops after `eos`.
 
     temperature 0 is greedy; top_p keeps the likeliest tokens that together reach that mass.
-    Returns the new ids only.
+    graph: record the step as a CUDA graph (worth it from some tens of tokens on). Returns the
+    new ids only.
     """
-    if not ids:
+    if not prompts or not all(prompts):
         raise UserError("prompt: no tokens found, at least one expected")
-    device = model.embed_tokens.weight.device
-    cache = model.new_cache()
-    step = torch.tensor([ids], device=device)
-    new: list[int] = []
-    # Lengths differ every step: compiled blocks would compile again and again.
-    with torch.compiler.set_stance("force_eager"):
-        while len(new) < max_new_tokens:
-            hidden = model(step, cache=cache)[:, -1]
-            logits = torch.nn.functional.linear(hidden, model.head_weight).float()[0]
-            token = pick(logits, temperature, top_p, generator)
-            new.append(token)
-            if token == eos:
-                break
-            step = torch.tensor([[token]], device=device)
-    return new
+    new: list[list[int]] = [[] for _ in prompts]
+    if max_new_tokens < 1:
+        return new
+    capacity = max(len(p) for p in prompts) + max_new_tokens
+    decoder = Decoder(model, capacity if graph else 0, graph=graph)
+    logits = decoder.prefill(prompts)
+    while True:
+        tokens = [pick(row, temperature, top_p, generator) for row in logits]
+        for ids, token in zip(new, tokens, strict=True):
+            if not ids or ids[-1] != eos:
+                ids.append(token)
+        if all(len(ids) == max_new_tokens or ids[-1] == eos for ids in new):
+            return new
+        logits = decoder.step(torch.tensor(tokens, device=logits.device))
+
+
+def generate(model: Transformer, ids: list[int], max_new_tokens: int, **options) -> list[int]:
+    """Continue one prompt; options as of `generate_batch`."""
+    return generate_batch(model, [ids], max_new_tokens, **options)[0]
 
 
 def pick(
@@ -73,7 +156,7 @@ def main(argv: list[str] | None = None) -> None:
 
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("model", help="model folder")
-    parser.add_argument("prompt", help="text to continue")
+    parser.add_argument("prompt", nargs="+", help="texts to continue, together")
     parser.add_argument("--max_new_tokens", type=int, default=64, help="tokens at most")
     parser.add_argument("--temperature", type=float, default=0.0, help="0 = greedy")
     parser.add_argument("--top_p", type=float, default=1.0, help="nucleus mass; 1 = off")
@@ -86,18 +169,22 @@ def main(argv: list[str] | None = None) -> None:
         tokenizer = load_tokenizer(tokenizer_spec(args.model))
         if args.device == "cpu":
             model.float()
-        prompt = args.prompt
+        elif args.device.startswith("cuda"):
+            for_decoding(model)
+        prompts = args.prompt
         if args.chat:
-            prompt = f"<|im_start|>user\n{prompt}<|im_end|>\n<|im_start|>assistant\n"
-        ids = tokenizer.encode(prompt, special_tokens=args.chat)
+            turns = "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"
+            prompts = [turns.format(p) for p in prompts]
+        ids = [tokenizer.encode(p, special_tokens=args.chat) for p in prompts]
         generator = torch.Generator(args.device).manual_seed(args.seed)
         amp = torch.autocast("cuda", torch.bfloat16, enabled=args.device.startswith("cuda"))
         with amp:
-            new = generate(
+            new = generate_batch(
                 model, ids, args.max_new_tokens, temperature=args.temperature, top_p=args.top_p,
                 eos=tokenizer.eos_token_id, generator=generator,
             )  # fmt: skip
-        print(args.prompt + tokenizer.decode(new))
+        for prompt, tokens in zip(args.prompt, new, strict=True):
+            print(prompt + tokenizer.decode(tokens))
     except UserError as e:
         print(f"error: {e}", file=sys.stderr)
         raise SystemExit(2) from None

@@ -17,13 +17,31 @@ import torch
 from torch import Tensor, nn
 
 from config import ModelConfig, UserError
+from mixers.deltanet import DeltaNet
 from mixers.gated_deltanet import GatedDeltaNet
+from mixers.gla import GatedLinearAttention
+from mixers.hedgehog_window import HedgehogWindow
+from mixers.kda import KimiDeltaAttention
+from mixers.linear_attention import LinearAttention
+from mixers.mamba2 import Mamba2
+from mixers.retention import Retention
+from mixers.rwkv6 import RWKV6
+from mixers.rwkv7 import RWKV7
 from mixers.sliding_window import SlidingWindow
 from ops.fla_kernels import check_head_size
 from ops.kernels import resolve_kernel
 
 MIXERS: dict[str, type[nn.Module]] = {
     "gated_deltanet": GatedDeltaNet,
+    "deltanet": DeltaNet,
+    "kda": KimiDeltaAttention,
+    "mamba2": Mamba2,
+    "gla": GatedLinearAttention,
+    "rwkv6": RWKV6,
+    "linear_attention": LinearAttention,
+    "retention": Retention,
+    "hedgehog_window": HedgehogWindow,
+    "rwkv7": RWKV7,
     "sliding_window": SlidingWindow,
 }
 

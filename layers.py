@@ -10,6 +10,7 @@ import functools
 import importlib.util
 import inspect
 import math
+from collections.abc import Callable
 from contextlib import nullcontext
 from typing import NamedTuple
 
@@ -95,6 +96,15 @@ class LayerCache:
         """Everything held."""
         state = self.state if isinstance(self.state, tuple) else (self.state,)
         return [t for t in (self.k, self.v, *state, *self.conv.values()) if t is not None]
+
+    def apply(self, f: Callable[[Tensor], Tensor]) -> None:
+        """Replace every tensor t by f(t)."""
+        if self.k is not None:
+            self.k, self.v = f(self.k), f(self.v)
+        self.conv = {name: f(t) for name, t in self.conv.items()}
+        state = self.state
+        if state is not None:
+            self.state = tuple(map(f, state)) if isinstance(state, tuple) else f(state)
 
     def store(self, conv: dict[str, Tensor], state: Tensor | tuple[Tensor, ...] | None) -> None:
         """Take over a linear layer's memory; into the same storage if `static` (CUDA graphs)."""
@@ -194,9 +204,23 @@ class Cache:
             self.longest = int(self.lengths.max())
             self.even = bool((self.lengths == self.longest).all())
 
-    def num_bytes(self) -> int:
-        """Bytes held."""
-        return sum(t.numel() * t.element_size() for c in self.layers for t in c.tensors())
+    def repeat(self, times: int) -> None:
+        """Each sequence becomes `times` copies of it (several continuations of one prompt)."""
+        for layer in self.layers:
+            layer.apply(lambda t: t.repeat_interleave(times, 0))
+        self.lengths = self.lengths.repeat_interleave(times)
+
+    def num_bytes(self, up_to: int = 0) -> int:
+        """Bytes held; with `up_to` only so many slots of keys and values are counted, not the room
+        for more."""
+        total = 0
+        for layer in self.layers:
+            for t in layer.tensors():
+                size = t.numel() * t.element_size()
+                if up_to and (t is layer.k or t is layer.v):
+                    size = size * min(up_to, t.shape[2]) // t.shape[2]
+                total += size
+        return total
 
 
 # ---- short convolution

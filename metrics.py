@@ -164,6 +164,21 @@ def _duration(seconds: float) -> str:
 # Log files and trackers
 
 
+def console_table(title: str, rows: list[dict], width: int = 120) -> None:
+    """A table on the console; columns are the rows' keys, in the order of first use. A log file
+    has no width of its own; 80 columns would fold ordinary rows."""
+    from rich.console import Console
+    from rich.table import Table
+
+    columns = list(dict.fromkeys(name for row in rows for name in row))
+    table = Table(title=title, title_justify="left")
+    for name in columns:
+        table.add_column(name, overflow="fold")
+    for row in rows:
+        table.add_row(*(_cell("", row.get(name)) for name in columns))
+    Console(width=None if sys.stdout.isatty() else width, markup=False).print(table)
+
+
 class MetricsLogger:
     """Console, `<run_dir>/metrics.jsonl` and, if asked for, wandb. Ranks other than 0 do nothing.
 
@@ -227,21 +242,9 @@ class MetricsLogger:
         self._write({"step": step, "stage": stage, **values})
 
     def table(self, title: str, rows: list[dict]) -> None:
-        """A table on the console; columns are the rows' keys, in the order of first use."""
-        if not self.active:
-            return
-        from rich.console import Console
-        from rich.table import Table
-
-        columns = list(dict.fromkeys(name for row in rows for name in row))
-        table = Table(title=title, title_justify="left")
-        for name in columns:
-            table.add_column(name, overflow="fold")
-        for row in rows:
-            values = (row.get(name) for name in columns)
-            table.add_row(*(_cell("", value) for value in values))
-        # A log file has no width of its own; 80 columns would fold ordinary rows.
-        Console(width=None if sys.stdout.isatty() else 120, markup=False).print(table)
+        """`console_table` on rank 0."""
+        if self.active:
+            console_table(title, rows)
 
     def say(self, text: str) -> None:
         """A line on the console, from rank 0 only."""

@@ -16,7 +16,7 @@ from data import eval_batches
 from distributed import compile_blocks, main_first, start, stop, this_process
 from evaluate import PROMPTS, Evaluator, completions
 from hf import save_model
-from hybrid_layers import convert_config, resolve_kernels, set_kernels
+from hybrid_layers import convert_config, resolve_kernels
 from model import Transformer
 from objectives import HeadObjective
 from tokenizer import load_tokenizer
@@ -24,13 +24,13 @@ from trainer import (
     check_run_folder,
     compile_wanted,
     finish,
-    kernel_line,
     open_data,
     open_run,
     plan_stage,
     restore_weights,
     set_up_torch,
     train_stage,
+    use_kernels,
 )
 
 
@@ -90,7 +90,7 @@ def pretrain(cfg: PretrainConfig, argv: list[str]) -> None:
     model = Transformer(config)
     model.init_weights()
     model.to(world.device)
-    set_kernels(model, kernels)
+    linear = use_kernels(model, kernels, world.device)
     stage = cfg.stage(train_data.num_rows(seq_len))
     plan = plan_stage(cfg, "pretrain", stage, world)
     identity = {
@@ -102,7 +102,7 @@ def pretrain(cfg: PretrainConfig, argv: list[str]) -> None:
     say = run.logger.say
     say(f"model: {model.num_params():,} parameters, layers {config.layer_map()}")
     say(f"data: {train_data.num_tokens:,} tokens of {data}, tokenizer {tokenizer.name}")
-    say(f"compute: {world.size} x {world.device.type}, {dtype}, {kernel_line(kernels)}")
+    say(f"compute: {world.size} x {world.device.type}, {dtype}, {linear}")
     say(plan.line(world))
     if cfg.dry_run:
         say("dry run: nothing trained")

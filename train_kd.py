@@ -38,7 +38,6 @@ from hybrid_layers import (
     convert_layers,
     mixer_parameters,
     resolve_kernels,
-    set_kernels,
 )
 from layers import attention_kernel
 from model import Transformer
@@ -50,13 +49,13 @@ from trainer import (
     check_run_folder,
     compile_wanted,
     finish,
-    kernel_line,
     open_data,
     open_run,
     plan_stage,
     restore_weights,
     set_up_torch,
     train_stage,
+    use_kernels,
 )
 
 
@@ -82,17 +81,17 @@ def preflight(cfg: DistillConfig) -> tuple[list[int], str, ModelConfig, bool]:
         if not Path(cfg.student).is_dir():
             raise UserError(f"--student: no folder {cfg.student}")
         source = read_config(cfg.student)
-    convert = "linear_attention" not in source.layer_types
+    theirs = config.layer_types if len(config.layer_types) == len(source.layer_types) else []
+    swapped = [
+        i for i, (a, b) in enumerate(zip(source.layer_types, theirs, strict=False)) if a != b
+    ]
+    layers = [
+        i for i, t in enumerate(source.layer_types) if t == "linear_attention" or i in swapped
+    ]
+    convert = not layers
     if convert:
         layers = parse_layers(cfg.layers, source.num_hidden_layers, cfg.keep_layers)
         source = convert_config(source, layers, cfg.mixer, **mixer_shape(cfg))
-    else:
-        theirs = config.layer_types + [""] * source.num_hidden_layers
-        kinds = zip(source.layer_types, theirs, strict=False)
-        layers = [
-            i for i, (mine, other) in enumerate(kinds)
-            if mine == "linear_attention" or mine == "sliding_attention" != other
-        ]  # fmt: skip
     if "align" in cfg.stage_names():
         same = ("hidden_size", "num_hidden_layers", "head_dim", "num_attention_heads")
         odd = [n for n in same if getattr(source, n) != getattr(config, n)]
@@ -234,10 +233,10 @@ def distil(cfg: DistillConfig, argv: list[str]) -> None:
         if cfg.epochs:
             plan.set_tokens(int(cfg.epochs * train_data.num_tokens), cfg.max_steps)
     teacher, student, shared = build_models(cfg, layers, convert, world, dtype)
-    set_kernels(student, kernels)
+    linear = use_kernels(student, kernels, world.device)
     identity = run_identity(cfg, layers, convert, plans, train_data, dtype)
     run = open_run(cfg, argv, world, identity, script="train_kd", dtype=dtype, stages=names)
-    describe(run, cfg, teacher, student, layers, plans, train_data, data, kernels, shared)
+    describe(run, cfg, teacher, student, layers, plans, train_data, data, linear, shared)
     fresh = run.resumed_from is None
     if layers and convert and fresh:
         ids = train_data.read(0, min(128, train_data.num_tokens))
@@ -318,11 +317,11 @@ def run_identity(cfg, layers, convert, plans: list[StagePlan], data: TokenDatase
     }  # fmt: skip
 
 
-def describe(run, cfg, teacher, student, layers, plans, train_data, data, kernels, shared) -> None:
+def describe(run, cfg, teacher, student, layers, plans, train_data, data, linear, shared) -> None:
     """The plan, before anything runs."""
     say, world = run.logger.say, run.world
     mixers = sum(p.numel() for p in mixer_parameters(student, layers).values())
-    say(f"layers: {student.config.layer_map()}  (L linear: {len(layers)} of {len(student.layers)})")
+    say(f"layers: {student.config.layer_map()}  ({len(layers)} of {len(student.layers)} converted)")
     say(
         f"teacher: {cfg.teacher}, {teacher.num_params():,} parameters; student: "
         f"{student.num_params():,}, mixers {mixers:,}"
@@ -335,7 +334,7 @@ def describe(run, cfg, teacher, student, layers, plans, train_data, data, kernel
     )  # fmt: skip
     say(
         f"compute: {world.size} x {world.device.type}, {run.dtype}; softmax kernel {softmax}, "
-        f"{kernel_line(kernels)}, compile {'on' if compile_wanted(cfg, world) else 'off'}"
+        f"{linear}, compile {'on' if compile_wanted(cfg, world) else 'off'}"
     )
     if layers and getattr(teacher.config, "attention_sink", False):
         say("note: the attention sinks of converted layers are not carried over")

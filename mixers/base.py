@@ -34,7 +34,9 @@ class LinearMixer(nn.Module):
     kernels: ClassVar[dict[str, Callable]]  # the op file's KERNELS: naive, chunk, fla where it has
     fla_op: ClassVar[str] = ""  # the function of ops/fla_kernels.py behind "fla"
     step: ClassVar[Callable]  # its step_*, as a staticmethod
+    passes: ClassVar[int] = 2  # K x V products of a token: write k v^T and read S^T q; delta 3
     grouped: ClassVar[bool] = False  # whether there may be more value heads than key heads
+    keeps_norms: ClassVar[bool] = False  # whether it has the teacher's q/k-norms, not folded
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -95,6 +97,10 @@ class LinearMixer(nn.Module):
     def options(self) -> dict:
         """Arguments of the recurrence that are no tokens' (scale, a fixed decay, ...)."""
         return {}
+
+    def recurrence_flops(self) -> int:
+        """FLOPs of the recurrence of one token, over all heads."""
+        return 2 * self.passes * self.num_value_heads * self.key_dim * self.value_dim
 
     def forward(self, x: Tensor, seq: SeqInfo, cache: LayerCache | None = None) -> Tensor:
         return self.o_proj(self.mix(x, seq, cache))
@@ -165,8 +171,9 @@ class LinearMixer(nn.Module):
     @torch.no_grad()
     def from_attention(self, attention: nn.Module) -> None:
         """Take over q, k, v, o of a softmax `model.Attention` with the same query heads and head
-        size. KV heads are expanded head by head, q/k-norm weights folded into projection rows;
-        the rest is `init_transfer`. What needs data is `calibrate`'s."""
+        size. KV heads are expanded head by head, q/k-norm weights folded into projection rows
+        (a mixer that `keeps_norms` takes them over itself); the rest is `init_transfer`. What
+        needs data is `calibrate`'s."""
         heads, size = attention.num_heads, attention.head_dim
         mine = (self.num_heads, self.num_value_heads, self.key_dim, self.value_dim)
         if mine != (heads, heads, size, size):
@@ -186,7 +193,7 @@ class LinearMixer(nn.Module):
             parts = [linear.weight.float().unflatten(0, (-1, size))]  # [heads, size, d]
             if linear.bias is not None:
                 parts.append(linear.bias.float().unflatten(0, (-1, size)).unsqueeze(-1))
-            if norm is not None:
+            if norm is not None and not self.keeps_norms:
                 parts = [p * norm.weight.float()[:, None] for p in parts]
             parts = [p.repeat_interleave(repeat, 0).flatten(0, 1) for p in parts]
             mine.copy_(parts[0])

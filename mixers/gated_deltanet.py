@@ -30,6 +30,7 @@ class GatedDeltaNet(LinearMixer):
     kernels = KERNELS
     fla_op = "gated_delta_rule"
     step = staticmethod(step_gated_delta_rule)
+    passes = 3  # S^T k, k u^T, S^T q
     grouped = True
 
     def __init__(self, config: ModelConfig):

@@ -22,6 +22,7 @@ from torch import Tensor
 
 CHUNK = 64
 BLOCK = 16  # with a decay per key, differences are formed in blocks of so many tokens
+State = Tensor | tuple[Tensor, ...]
 
 
 def state_dtype(v: Tensor) -> torch.dtype:
@@ -36,8 +37,8 @@ def zero_state(k: Tensor, v: Tensor) -> Tensor:
 
 
 def run_steps(
-    step: Callable, inputs: tuple[Tensor, ...], state: Tensor, **options
-) -> tuple[Tensor, Tensor]:
+    step: Callable, inputs: tuple[Tensor, ...], state: State, **options
+) -> tuple[Tensor, State]:
     """The recurrence one token at a time: inputs [B, T, ...] -> o [B, T, H, V], last state."""
     outs = []
     for t in range(inputs[0].shape[1]):
@@ -50,17 +51,21 @@ def per_document(
     op: Callable,
     inputs: tuple[Tensor | None, ...],
     cu_seqlens: Tensor,
-    initial_state: Tensor | None,
+    initial_state: State | None,
     output_final_state: bool,
-    empty_state: Tensor,
+    empty_state: State,
     **options,
-) -> tuple[Tensor, Tensor | None]:
+) -> tuple[Tensor, State | None]:
     """Run `op` on each document alone: the plain definition of packing, and the form that takes
     and returns a state per document. inputs [1, T, ...]; `empty_state` [1, H, K, V] is that of a
-    document without tokens (they pad cu_seqlens)."""
+    document without tokens (they pad cu_seqlens). A state may be a tuple of tensors."""
     outs, finals = [], []
     for i, (a, b) in enumerate(itertools.pairwise(cu_seqlens.tolist())):
-        state = None if initial_state is None else initial_state[i : i + 1]
+        state = initial_state
+        if isinstance(state, tuple):
+            state = tuple(x[i : i + 1] for x in state)
+        elif state is not None:
+            state = state[i : i + 1]
         if a == b:
             finals.append(empty_state if state is None else state)
             continue
@@ -68,7 +73,11 @@ def per_document(
         o, final = op(*parts, initial_state=state, output_final_state=True, **options)
         outs.append(o)
         finals.append(final)
-    return torch.cat(outs, 1), (torch.cat(finals) if output_final_state else None)
+    if not output_final_state:
+        return torch.cat(outs, 1), None
+    if isinstance(empty_state, tuple):
+        return torch.cat(outs, 1), tuple(map(torch.cat, zip(*finals, strict=True)))
+    return torch.cat(outs, 1), torch.cat(finals)
 
 
 class Chunks:
@@ -97,6 +106,7 @@ class Chunks:
             doc = doc.view(batch, length)
             doc = torch.cat([doc, doc[:, -1:].expand(-1, self.pad)], 1)
             doc = doc.view(batch, 1, self.n, self.size)
+            self.doc = doc  # [B, 1, n, C]
             self.end = doc[..., -1:]  # the document whose state leaves the chunk
             first = torch.full_like(self.end[:, :, :1], -1)
             self.before = torch.cat([first, self.end[:, :, :-1]], 2)  # that of the entering state
@@ -213,7 +223,8 @@ def carry(
     states = (between @ new.flatten(-2)).unflatten(-1, new.shape[-2:])
     if not chunks.packed:  # a packed row has no initial state
         states = states + past.exp()[..., None, None] * initial_state.unsqueeze(2)
-    return states[:, :, :-1], states[:, :, -1]
+    # A copy: as a view, the last state would keep those of all chunks.
+    return states[:, :, :-1], states[:, :, -1].clone()
 
 
 @torch.compiler.disable  # one step per chunk: unrolled, a long row takes minutes to compile
@@ -260,14 +271,19 @@ def delta_chunks(
 
 @torch.compiler.disable  # see _carry_loop
 def scan_delta(
-    u: Tensor, w: Tensor, inner: Tensor, q_in: Tensor, k_out: Tensor, keep: Tensor, state: Tensor
-) -> tuple[Tensor, Tensor]:
+    u: Tensor, w: Tensor, inner: Tensor, q_in: Tensor, k_out: Tensor, keep: Tensor, state: Tensor,
+    *, write: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Chunk by chunk: new = u + w S [C, V];  o = q_in S + inner new;  S <- keep S + k_out new.
-    All but the state are [B, H, n, ...]. Returns o [B, H, n, C, V] and the last state."""
+    `write` [K, V] is added to S too. All but the state are [B, H, n, ...]. Returns o [B, H, n, C, V]
+    and the last state."""
     outs = []
-    pieces = zip(*(x.unbind(2) for x in (u, w, inner, q_in, k_out, keep)), strict=True)
-    for u_i, w_i, inner_i, q_i, k_i, keep_i in pieces:
+    writes = itertools.repeat(None, u.shape[2]) if write is None else write.unbind(2)
+    pieces = zip(*(x.unbind(2) for x in (u, w, inner, q_in, k_out, keep)), writes, strict=True)
+    for u_i, w_i, inner_i, q_i, k_i, keep_i, write_i in pieces:
         new = u_i + w_i @ state
         outs.append(q_i @ state + inner_i @ new)
         state = state * keep_i + k_i @ new
+        if write_i is not None:
+            state = state + write_i
     return torch.stack(outs, 2), state

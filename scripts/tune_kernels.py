@@ -5,8 +5,8 @@
 
 Compiling is nearly all of the work, so worker processes compile every configuration while one
 process times them, op by op, at 16,384 tokens of packed documents through ops/fla_kernels.py. What
-is chosen is then held against the float64 recurrence (ops/fla_reference.py): Triton miscompiles some
-configurations on some GPUs, and none that computes something else is written. Each op's file is
+is chosen is then held against the float64 recurrence (ops/fla_reference.py): Triton miscompiles
+some of them on some GPUs, and none that computes something else is written. Each op's file is
 written when the op is done. What the files are: ops/tuned.py. Tested by tests/ops/test_tuned.py.
 """
 

@@ -10,7 +10,7 @@ from kit import logits, random_ids, tiny_model
 
 import generate as script
 from config import UserError
-from generate import generate, pick
+from generate import generate, generate_batch, pick
 from hf import save_model
 
 
@@ -33,6 +33,17 @@ def test_lengths_and_empty_prompt():
     assert len(generate(model, [1], 1)) == 1
     with pytest.raises(UserError, match="prompt"):
         generate(model, [], 3)
+
+
+def test_prompts_of_different_length_are_each_alone():
+    model = tiny_model("LFS", tie_word_embeddings=False)
+    prompts = [random_ids(model, n, seed=n).tolist() for n in (66, 1, 4, 4)]
+    alone = [generate(model, p, 12) for p in prompts]
+    assert generate_batch(model, prompts, 12) == alone
+    eos = alone[1][5]
+    cut = [a[: a.index(eos) + 1] if eos in a else a for a in alone]
+    assert generate_batch(model, prompts, 12, eos=eos) == cut
+    assert len({len(a) for a in cut}) > 1
 
 
 def test_stops_after_eos():
@@ -82,6 +93,12 @@ def folder(tmp_path):
     model = tiny_model("LF", dtype=torch.bfloat16, vocab_size=257, eos_token_id=256)
     save_model(model, tmp_path / "m", tokenizer_from="byte")
     return str(tmp_path / "m")
+
+
+def test_command_with_several_prompts(folder, capsys):
+    script.main([folder, "ab c", "d", "--max_new_tokens", "5", "--device", "cpu"])
+    lines = capsys.readouterr().out
+    assert lines.startswith("ab c") and "\nd" in lines
 
 
 @pytest.mark.parametrize("flags", [[], ["--temperature", "1"], ["--chat", "--top_p", "0.5"]])

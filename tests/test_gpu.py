@@ -14,7 +14,8 @@ from config import ModelConfig
 from data import TokenDataset, eval_batches
 from distributed import compile_blocks
 from evaluate import inputs
-from hybrid_layers import set_kernels
+from generate import Decoder, for_decoding
+from hybrid_layers import MIXERS, resolve_kernels, set_kernels
 from layers import sdpa_priority
 from model import Transformer
 
@@ -91,3 +92,70 @@ def test_a_whole_run(tiny_teacher, tiny_data, tmp_path, compiled):
     kl = {r["model"]: r["KL"] for r in json.loads((tmp_path / "a" / "table.json").read_text())}
     assert kl["student after distill"] < kl["student after align"] < kl["student after transfer"]
     assert all(0 < v < 1 for v in metric_rows(tmp_path / "a", "mfu").values())
+
+
+# ---- every mixer, with the kernel that `auto` takes
+
+
+def with_mixer(name: str, **changes) -> Transformer:
+    """Full, then `name`, twice, with random weights far from their initial ones."""
+    kind = "sliding_attention" if name == "sliding_window" else "linear_attention"
+    model = hybrid(
+        layer_types=["full_attention", kind] * 2, mixer=[name] * 2 if kind[0] == "l" else [],
+        sliding_window=40, linear_window=40, **changes,
+    )  # fmt: skip
+    generator = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(torch.randn(p.shape, generator=generator) * 0.05)
+    set_kernels(model, resolve_kernels(model.config, "auto", CUDA))
+    return model
+
+
+every_mixer = pytest.mark.parametrize("name", MIXERS)
+
+
+@every_mixer
+def test_every_mixer_equals_the_cpu(name, tiny_data):
+    """Packed documents in bfloat16 on its own kernel, against float32 on the CPU."""
+    data = TokenDataset.open(tiny_data, "train")
+    batch = eval_batches(data, seq_len=160, max_tokens=480, micro_batch=3)[0]
+    model = with_mixer(name)
+    actual, grads = loss_and_grads(model, batch, CUDA, amp=True)
+    set_kernels(model, dict.fromkeys(MIXERS, "chunk"))
+    expected, expected_grads = loss_and_grads(model, batch, torch.device("cpu"), amp=False)
+    assert rms_ratio(actual, expected) <= 3e-2
+    worst = {n: rms_ratio(g, expected_grads[n]) for n, g in grads.items()}
+    worst = {n: e for n, e in worst.items() if expected_grads[n].abs().max() > 1e-9}
+    bad = {n: round(e, 3) for n, e in worst.items() if e > 0.15}
+    assert not bad, bad
+
+
+@every_mixer
+def test_no_graph_break_in_a_block(name, tiny_data):
+    data = TokenDataset.open(tiny_data, "train")
+    batch = eval_batches(data, seq_len=160, max_tokens=480, micro_batch=3)[0].to(CUDA)
+    model = with_mixer(name).to(CUDA)
+    if name != "sliding_window" and model.layers[1].linear_attn.kernel != "fla":
+        pytest.skip("runs in PyTorch's chunked form")
+    with torch.autocast("cuda", torch.bfloat16):
+        expected = model(**inputs(batch))
+        for block in model.layers:
+            block.compile(fullgraph=True)
+        actual = model(**inputs(batch))
+    actual.float().square().mean().backward()
+    assert rms_ratio(actual, expected) <= 2e-2
+
+
+@every_mixer
+def test_a_recorded_step_decodes_the_same(name):
+    model = for_decoding(with_mixer(name).to(CUDA).eval())
+    prompts = [[1, 2, 3, 4, 5] * 20, [7], [8, 9]]
+    with torch.autocast("cuda", torch.bfloat16):
+        plain, recorded = Decoder(model), Decoder(model, 160, graph=True)
+        first = plain.prefill(prompts)
+        assert rms_ratio(recorded.prefill(prompts), first) <= 1e-3
+        for i in range(30):
+            tokens = torch.tensor([i, 40 + i, 80 + i], device=CUDA)
+            expected = plain.step(tokens)
+            assert rms_ratio(recorded.step(tokens), expected) <= 2e-2, i

@@ -256,7 +256,10 @@ def test_from_attention_of_bfloat16_without_bias_into_biases(name):
 @every_linear
 def test_from_attention_refuses_other_shapes(name):
     attention = Attention(tiny_config("F"), 0)
-    for shape in ({"linear_num_value_heads": 8}, {"linear_value_head_dim": 6}):
+    shapes = [{"linear_value_head_dim": 6}]
+    if MIXERS[name].grouped:
+        shapes.append({"linear_num_value_heads": 8})
+    for shape in shapes:
         mixer = build_mixer(name, tiny_config("L", mixer=[name], **shape))
         with pytest.raises(ValueError, match="from_attention"):
             mixer.from_attention(attention)
@@ -264,6 +267,8 @@ def test_from_attention_refuses_other_shapes(name):
 
 @every_linear
 def test_calibrate_lowers_the_error(name):
+    if name == "hedgehog_window":
+        pytest.skip("its weights sum to one, as the teacher's: nothing to fit")
     attention, mixer, _ = converted(name)
     model = tiny_model("F", dtype=torch.float32)
     generator = torch.Generator().manual_seed(0)
@@ -281,10 +286,11 @@ def test_calibrate_lowers_the_error(name):
         returned = mixer.calibrate(x[:, train], attention(x[:, train], seq), seq)
     after = error(train), error(fresh)
     assert abs(returned - after[0]) < 1e-3
-    assert after[0] < before[0] - 0.05
-    assert after[1] < before[1] - 0.05
-    gate = F.silu(mixer.g_proj(x))
-    assert 0.7 < gate.mean() < 1.2
+    for a, b in zip(after, before, strict=True):
+        assert a < b - (0.05 if b > 0.5 else 0)  # one that starts near has less to gain
+    if mixer.gate_to_fit() is not None:
+        weight, value = mixer.gate_to_fit()
+        assert 0.8 < F.linear(x, weight).mean() / value < 1.1
 
 
 def test_inverses():

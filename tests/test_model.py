@@ -151,6 +151,18 @@ def test_prompts_of_different_length_are_each_alone(kinds, options):
             assert_close_rms(torch.cat([packed[0, bounds[i] : bounds[i + 1]], outs[i]]), alone)
 
 
+def test_copies_of_a_sequence_go_on_alike():
+    model = tiny_model("LFS")
+    ids = random_ids(model, 2, 9)
+    cache, alone = model.new_cache(), model.new_cache()
+    with torch.no_grad():
+        model(ids[:, :6], cache=cache)
+        model(ids[:, :6], cache=alone)
+        cache.repeat(3)
+        actual = model(ids[:, 6:7].repeat_interleave(3, 0), cache=cache)
+        assert_close_rms(actual, model(ids[:, 6:7], cache=alone).repeat_interleave(3, 0))
+
+
 @pytest.mark.parametrize("packed", [False, True])
 def test_restart_from_a_kept_input(packed):
     model = tiny_model("FLSF")

@@ -1,0 +1,117 @@
+"""Gated linear attention (GLA, Yang et al. 2023, arXiv 2312.06635, section 4.1).
+
+Per head, with a decay a_t = exp(g_t) for every key channel:
+
+    S_t = diag(a_t) S_{t-1} + k_t v_t^T        o_t = scale S_t^T q_t
+
+`naive_*` loops over time, `chunk_*` is the training form in matrix products (section 4.2 there),
+`step_*` decodes one token, `fla_*` calls fla's Triton kernel.
+Check: `pytest tests/ops/test_recurrences.py tests/ops/test_gla.py -k gla`.
+
+Shapes: B batch, T time, H heads, K key size, V value size, N documents.
+q, k, g [B, T, H, K]; v [B, T, H, V]; states [B, H, K, V] in float32 (float64 for float64 input),
+one per document ([N, H, K, V], B = 1) when `cu_seqlens` [N + 1] is given. g <= 0.
+Outputs have v's dtype.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ops.chunked import CHUNK, Chunks, linear_chunks, per_document, run_steps, zero_state
+
+
+def naive_gla(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    *,
+    scale: float | None = None,
+    initial_state: Tensor | None = None,
+    output_final_state: bool = False,
+    cu_seqlens: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """The recurrence as written, one step at a time. Returns o [B, T, H, V] and the last state."""
+    empty = zero_state(k, v)
+    if cu_seqlens is not None:
+        return per_document(
+            naive_gla, (q, k, v, g), cu_seqlens, initial_state, output_final_state, empty,
+            scale=scale,
+        )  # fmt: skip
+    state = empty if initial_state is None else initial_state
+    o, state = run_steps(step_gla, (q, k, v, g), state, scale=scale)
+    return o, (state if output_final_state else None)
+
+
+def step_gla(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    *,
+    scale: float | None = None,
+    initial_state: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """One token: q, k, g [B, H, K], v [B, H, V]. Returns o [B, H, V], new state."""
+    dtype, out_dtype = initial_state.dtype, v.dtype
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    q, k, v, g = (x.to(dtype) for x in (q, k, v, g))
+    with torch.autocast(q.device.type, enabled=False):  # the state stays in float32
+        state = initial_state * g.exp().unsqueeze(-1) + k.unsqueeze(-1) * v.unsqueeze(-2)
+        o = scale * torch.einsum("bhkv,bhk->bhv", state, q)
+    return o.to(out_dtype), state
+
+
+def chunk_gla(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    *,
+    scale: float | None = None,
+    initial_state: Tensor | None = None,
+    output_final_state: bool = False,
+    cu_seqlens: Tensor | None = None,
+    rows: int = 1,
+    chunk_size: int = CHUNK,
+) -> tuple[Tensor, Tensor | None]:
+    """The recurrence in chunks of `chunk_size` tokens. Any T. Returns o [B, T, H, V], last state.
+
+    `cu_seqlens` and `rows` as in ops/gated_delta_rule.py: masks keep documents apart, and only
+    states per document run one by one.
+    """
+    if cu_seqlens is not None and (initial_state is not None or output_final_state):
+        return per_document(
+            chunk_gla, (q, k, v, g), cu_seqlens, initial_state, output_final_state,
+            zero_state(k, v), scale=scale, chunk_size=chunk_size,
+        )  # fmt: skip
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    with torch.autocast(q.device.type, enabled=False):  # the state needs float32
+        chunks = Chunks(v, chunk_size, cu_seqlens, rows)
+        o, state = linear_chunks(q.to(chunks.dtype) * scale, k, v, g, chunks, initial_state)
+    return o, (state if output_final_state else None)
+
+
+def fla_gla(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    *,
+    scale: float | None = None,
+    initial_state: Tensor | None = None,
+    output_final_state: bool = False,
+    cu_seqlens: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """flash-linear-attention's Triton kernels (CUDA only); g stays float32."""
+    from ops.fla_kernels import gla as kernel
+
+    return kernel(
+        q, k, v, g, scale=scale, initial_state=initial_state,
+        output_final_state=output_final_state, cu_seqlens=cu_seqlens,
+    )  # fmt: skip
+
+
+KERNELS = {"naive": naive_gla, "chunk": chunk_gla, "fla": fla_gla}
