@@ -190,5 +190,5 @@ def run_main(cls, main, argv: list[str] | None = None, default_preset=None) -> N
         if os.environ.get("RANK", "0") == "0":
             print(f"error: {e}", file=sys.stderr, flush=True)
         else:  # torchrun stops every rank when the first one ends: that must be the one that speaks
-            time.sleep(20)
+            time.sleep(5)
         raise SystemExit(2) from None

@@ -232,7 +232,7 @@ class TrainConfig:
     torch_compile: str = opt("auto", "compile every block; auto = on for CUDA",
                              choices=("auto", "true", "false"))  # fmt: skip
     kernel: str = opt("auto", "linear-attention kernel",
-                      choices=("auto", "naive", "chunk", "fla"))  # fmt: skip
+                      choices=("auto", "naive", "chunk", "fla", "mamba_ssm"))  # fmt: skip
     matmul_precision: str = opt("high", "float32 matmuls on CUDA: high = TF32",
                                 choices=("highest", "high", "medium"))  # fmt: skip
     log_every: int = opt(1, "steps between console lines", low=1)

@@ -80,7 +80,9 @@ class Evaluator:
         device = model.embed_tokens.weight.device
         # float32 sums of a batch are exact enough; their total is not over many batches.
         sums = torch.zeros(5, dtype=torch.float64, device="cpu")
-        with self.amp(), sdpa_priority(device):
+        # Uncompiled: a few forwards are not worth another graph of every block.
+        eager = torch.compiler.set_stance("force_eager")
+        with self.amp(), sdpa_priority(device), eager:
             if self.teacher is None:
                 for batch in self.batches:
                     batch = batch.to(device)
@@ -109,6 +111,11 @@ class Evaluator:
             result["ratio"] = _exp((ce - teacher_ce) / count)
             result["kl"], result["top1"] = kd / count, agree / count
         return result
+
+
+def eval_rows(seq_len: int, device: torch.device) -> int:
+    """Rows of a held-out batch: on a GPU enough to keep it busy, elsewhere one."""
+    return max(1, 16_384 // seq_len) if device.type == "cuda" else 1
 
 
 def _exp(x: float) -> float:

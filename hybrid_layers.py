@@ -156,16 +156,21 @@ def mixer_parameters(model: nn.Module, layers: list[int]) -> dict[str, nn.Parame
     return {n: p for n, p in model.named_parameters() if n.startswith(wanted)}
 
 
-def resolve_kernels(config: ModelConfig, kernel: str, device: torch.device) -> dict[str, str]:
+def resolve_kernels(
+    config: ModelConfig, kernel: str, device: torch.device, dtype: str = "auto"
+) -> dict[str, str]:
     """mixer -> kernel of every linear mixer of a model. UserError, one line, for a kernel that
-    cannot run a mixer or its head size here; under auto such a mixer runs our chunked form."""
+    cannot run a mixer, its head size or `dtype` here; under auto such a mixer runs our chunked
+    form."""
     chosen = {}
     for name in dict.fromkeys(config.mixer):
         chosen[name] = resolve_kernel(kernel, device, MIXERS[name])
         if chosen[name] != "fla":
             continue
-        sizes = config.linear_key_head_dim, config.linear_value_head_dim
-        reason = check_head_size(MIXERS[name].fla_op, *sizes)
+        op, key_dim = MIXERS[name].fla_op, MIXERS[name].state_key_dim(config)
+        reason = check_head_size(op, key_dim, config.linear_value_head_dim)
+        if dtype == "float32" and op == "delta_rule":
+            reason = "fla's delta_rule kernel takes bfloat16, not float32 (--dtype)"
         if reason and kernel == "fla":
             raise UserError(f"--kernel: fla found, but {reason}; auto or chunk expected")
         if reason:

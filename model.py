@@ -222,11 +222,9 @@ class Transformer(nn.Module):
         )  # fmt: skip
         last = max(layers)
         for i in range(last):
+            h, normed, out = self.layers[i](h, seq, None, True)  # one compiled graph for all
             if i in layers:
-                h, normed, out = self.layers[i](h, seq, None, True)
                 yield i, normed, out, seq
-            else:
-                h = self.layers[i](h, seq)
         block = self.layers[last]  # its MLP is not needed
         normed = block.input_layernorm(h)
         yield last, normed, block.attention(normed, seq), seq

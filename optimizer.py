@@ -22,8 +22,14 @@ from torch import Tensor, nn
 from config import UserError
 from muon import Muon, choose, is_sharded
 
-# Modules whose 2-D weight is no hidden matrix: rows are tokens, or heads of a scalar gate.
-ADAMW_MODULES = frozenset({"embed_tokens", "lm_head", "a_proj", "b_proj"})
+# Modules whose 2-D weight is no hidden matrix: rows are tokens or heads of a scalar gate, or the
+# matrix is a factor of low rank (decays, data-dependent shifts) or a feature map inside a head.
+ADAMW_MODULES = frozenset(
+    {
+        "embed_tokens", "lm_head", "a_proj", "b_proj", "gk_proj", "f_proj", "x_proj", "w_proj",
+        "w_lora", "a_lora", "g_lora", "feature_map_q", "feature_map_k",
+    }
+)  # fmt: skip
 
 # Parameter roles and groups
 

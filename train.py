@@ -14,7 +14,7 @@ from cli import run_main
 from config import ModelConfig, PretrainConfig, UserError, parse_layers
 from data import eval_batches
 from distributed import compile_blocks, main_first, start, stop, this_process
-from evaluate import PROMPTS, Evaluator, completions
+from evaluate import PROMPTS, Evaluator, completions, eval_rows
 from hf import save_model
 from hybrid_layers import convert_config, resolve_kernels
 from model import Transformer
@@ -77,15 +77,16 @@ def pretrain(cfg: PretrainConfig, argv: list[str]) -> None:
     config = model_config(cfg, tokenizer.vocab_size, tokenizer.eos_token_id)
     check_run_folder(cfg)
     world = this_process(cfg.device)
-    kernels = resolve_kernels(config, cfg.kernel, world.device)
+    kernels = resolve_kernels(config, cfg.kernel, world.device, cfg.dtype)
     open_data(cfg, tokenizer)
     start(world)
     dtype = set_up_torch(cfg, world)
     data, train_data, val_data = main_first(world, lambda: open_data(cfg, tokenizer, build=True))
     seq_len = cfg.context_len or 512
     held_out = eval_batches(
-        val_data, seq_len=seq_len, max_tokens=cfg.eval_tokens, doc_mask=cfg.doc_mask
-    )
+        val_data, seq_len=seq_len, max_tokens=cfg.eval_tokens, doc_mask=cfg.doc_mask,
+        micro_batch=eval_rows(seq_len, world.device),
+    )  # fmt: skip
 
     model = Transformer(config)
     model.init_weights()

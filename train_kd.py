@@ -30,7 +30,7 @@ from distributed import (
     stop,
     this_process,
 )
-from evaluate import PROMPTS, Evaluator, completions, inputs, zeroed_attention
+from evaluate import PROMPTS, Evaluator, completions, eval_rows, inputs, zeroed_attention
 from hf import fingerprint, load_model, read_config, save_model, tokenizer_spec
 from hybrid_layers import (
     check_transfer,
@@ -222,7 +222,7 @@ def distil(cfg: DistillConfig, argv: list[str]) -> None:
     tokenizer = load_tokenizer(spec)
     names = cfg.stage_names()
     world = this_process(cfg.device)
-    kernels = resolve_kernels(shape, cfg.kernel, world.device)
+    kernels = resolve_kernels(shape, cfg.kernel, world.device, cfg.dtype)
     plans = [plan_stage(cfg, n, getattr(cfg, n), world, i) for i, n in enumerate(names)]
     open_data(cfg, tokenizer)
     start(world)
@@ -260,9 +260,10 @@ def distil(cfg: DistillConfig, argv: list[str]) -> None:
         compile_blocks(student)
 
     table = Table(run)
+    seq_len = cfg.eval_seq_len or plans[-1].stage.seq_len
     held_out = eval_batches(
-        val_data, seq_len=cfg.eval_seq_len or plans[-1].stage.seq_len, max_tokens=cfg.eval_tokens,
-        doc_mask=cfg.doc_mask,
+        val_data, seq_len=seq_len, max_tokens=cfg.eval_tokens, doc_mask=cfg.doc_mask,
+        micro_batch=eval_rows(seq_len, world.device),
     )  # fmt: skip
     first = min(layers) if shared else 0
     evaluator = Evaluator(held_out, teacher, amp=run.amp, first=first, world=world)

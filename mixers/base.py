@@ -98,6 +98,11 @@ class LinearMixer(nn.Module):
         """Arguments of the recurrence that are no tokens' (scale, a fixed decay, ...)."""
         return {}
 
+    @classmethod
+    def state_key_dim(cls, config: ModelConfig) -> int:
+        """K of the state, where a feature map makes it another one."""
+        return config.linear_key_head_dim
+
     def recurrence_flops(self) -> int:
         """FLOPs of the recurrence of one token, over all heads."""
         return 2 * self.passes * self.num_value_heads * self.key_dim * self.value_dim

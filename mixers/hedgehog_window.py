@@ -83,6 +83,12 @@ class HedgehogWindow(LinearMixer):
     def finish(self, o: Tensor, x: Tensor, aux: object) -> Tensor:
         return o.flatten(-2)
 
+    def recurrence_flops(self) -> int:
+        """Both signs of the features in the linear part, and the softmax of the window."""
+        sizes = self.key_dim + self.value_dim
+        linear = 4 * 2 * self.key_dim * self.value_dim
+        return self.num_heads * (linear + 2 * sizes * self.window)
+
     def qkv(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """q, k, v right after projection, with the norms' weights as if folded in."""
         q, k, v = super().qkv(x)

@@ -39,6 +39,15 @@ class LinearAttention(LinearMixer):
         self.feature_map_q = feature_map(config.linear_feature_map, self.key_dim)
         self.feature_map_k = feature_map(config.linear_feature_map, self.key_dim)
         self.norm = RMSNorm(self.value_dim, config.rms_norm_eps)
+        self.features = self.state_key_dim(config)
+
+    @classmethod
+    def state_key_dim(cls, config: ModelConfig) -> int:
+        doubled = config.linear_feature_map == "hedgehog"
+        return config.linear_key_head_dim * (2 if doubled else 1)
+
+    def recurrence_flops(self) -> int:
+        return 2 * self.passes * self.num_heads * self.features * self.value_dim
 
     def init_weights(self) -> None:
         super().init_weights()

@@ -1,4 +1,4 @@
-"""RWKV-7 "Goose" time mixing (Peng et al. 2025, arXiv 2503.14456, section 4), with fla's parameters.
+"""RWKV-7's time mixing (Peng et al. 2025, arXiv 2503.14456), with fla's parameters.
 
     x_i = x + mu_i (shifted x - x) for i in r, w, k, v, a, g
     r, k, v = W_r x_r, W_k x_k, W_v x_v
@@ -65,6 +65,7 @@ class RWKV7(LinearMixer):
     kernels = KERNELS
     fla_op = "rwkv7"
     step = staticmethod(step_rwkv7)
+    passes = 4  # a^T S, b (a^T S), k v^T, S^T r
 
     def __init__(self, config: ModelConfig):
         super().__init__(config)

@@ -21,7 +21,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 CHUNK = 64
-BLOCK = 16  # with a decay per key, differences are formed in blocks of so many tokens
+SMALLEST = 16  # the chunk of a short row
+NEAR = 4  # with a decay per key, tokens in blocks of so many are paired one by one
 State = Tensor | tuple[Tensor, ...]
 
 
@@ -95,7 +96,8 @@ class Chunks:
             batch, (length, rest) = rows, divmod(length, rows)
             assert rest == 0, (v.shape, rows)
         self.batch, self.length = batch, length
-        self.size = min(size, -(-length // BLOCK) * BLOCK)
+        size = max(SMALLEST, min(size, length))
+        self.size = 1 << (size - 1).bit_length()  # rounded up to a power of two, for `scores`
         self.n = -(-length // self.size)
         self.pad = self.n * self.size - length
         square = torch.ones(self.size, self.size, dtype=torch.bool, device=v.device)
@@ -146,32 +148,29 @@ def scores(q: Tensor, k: Tensor, gq: Tensor, gk: Tensor, mask: Tensor) -> Tensor
     """sum_K q_i k_j exp(gq_i - gk_j) where mask, else 0: [B, H, n, C, C].
 
     q, k [B, H, n, C, K]; gq, gk: log decay accumulated since the chunk began (gq up to i or up to
-    i - 1), [..., C, 1] or [..., C, K]; mask allows j <= i only (j < i for gq up to i - 1).
-    No exponent is ever positive: with a decay per key, keys of earlier blocks are taken relative
-    to the end of the block before the query's, and pairs within a block one by one.
+    i - 1), [..., C, 1] or [..., C, K]; mask allows j <= i only (j < i for gq up to i - 1). Several
+    sets of queries, [..., B, H, n, C, K], share the decays' cost.
+    No exponent is ever positive. With a decay per key (C a power of two), pairs within a block of
+    NEAR tokens are taken one by one; then blocks are joined two by two, queries of the second and
+    keys of the first both relative to the end of the first.
     """
     if gq.shape[-1] == 1:
         # Masking before exp keeps the unused upper triangle from overflowing into NaN gradients.
-        return q @ k.mT * (gq - gk.mT).masked_fill(~mask, -torch.inf).exp()
-    size = q.shape[-2]
-    rows = []
-    for a in range(0, size, BLOCK):
-        b = min(a + BLOCK, size)
-        near = (gq[..., a:b, None, :] - gk[..., None, a:b, :]).masked_fill(
-            ~mask[..., a:b, a:b, None], -torch.inf
-        )
-        row = [
-            torch.einsum("...ik,...jk,...ijk->...ij", q[..., a:b, :], k[..., a:b, :], near.exp())
-        ]
-        if a:
-            since = gk[..., a - 1 : a, :]
-            far = (q[..., a:b, :] * (gq[..., a:b, :] - since).exp()) @ (
-                k[..., :a, :] * (since - gk[..., :a, :]).exp()
-            ).mT
-            row.insert(0, far.masked_fill(~mask[..., a:b, :a], 0))
-        row.append(q.new_zeros(*row[0].shape[:-1], size - b))
-        rows.append(torch.cat(row, -1))
-    return torch.cat(rows, -2)
+        qk = torch.einsum("...ik,...jk->...ij", q, k)  # unlike @, without copies of k
+        return qk * (gq - gk.mT).masked_fill(~mask, -torch.inf).exp()
+    size = NEAR
+    qi, kj, gi, gj = (x.unflatten(-2, (-1, size)) for x in (q, k, gq, gk))  # [..., blocks, NEAR, K]
+    decay = (gi.unsqueeze(-2) - gj.unsqueeze(-3)).clamp(max=0).exp()  # j > i is masked at the end
+    out = torch.einsum("...ijk,...ik->...ij", decay * kj.unsqueeze(-3), qi)
+    while size < q.shape[-2]:
+        pairs = (x.unflatten(-2, (-1, 2, size)).unbind(-3) for x in (q, k, gq, gk))
+        (_, qi), (kj, _), (_, gi), (gj, _) = pairs
+        end = gj[..., -1:, :]
+        far = torch.einsum("...ik,...jk->...ij", qi * (gi - end).exp(), kj * (end - gj).exp())
+        first, second = out.unflatten(-3, (-1, 2)).unbind(-3)
+        out = torch.cat([F.pad(first, (0, size)), torch.cat([far, second], -1)], -2)
+        size *= 2
+    return out.squeeze(-3).masked_fill(~mask, 0)
 
 
 def linear_chunks(
@@ -256,15 +255,15 @@ def delta_chunks(
     step = torch.zeros_like(beta) if g is None else chunks.cut(g)
     total = step.cumsum(-2)
     reads, kb = chunks.reads(total), k * beta
-    lower = scores(kb, k, total, total, chunks.causal).tril(-1)
+    lower, inner = scores(torch.stack([kb, q]), k, total, total, chunks.causal)
     rhs = torch.cat([v * beta, kb * reads], -1)
-    solved = torch.linalg.solve_triangular(lower, rhs, upper=False, unitriangular=True)
+    solved = torch.linalg.solve_triangular(lower.tril(-1), rhs, upper=False, unitriangular=True)
     size = v.shape[-1]
     if initial_state is None:
         initial_state = v.new_zeros(*v.shape[:2], k.shape[-1], size)
     o, state = scan_delta(
-        solved[..., :size], -solved[..., size:], scores(q, k, total, total, chunks.causal),
-        q * reads, (k * chunks.writes(total)).mT, chunks.keeps(total), initial_state,
+        solved[..., :size], -solved[..., size:], inner, q * reads,
+        (k * chunks.writes(total)).mT, chunks.keeps(total), initial_state,
     )  # fmt: skip
     return chunks.join(o), state
 
@@ -275,8 +274,8 @@ def scan_delta(
     *, write: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Chunk by chunk: new = u + w S [C, V];  o = q_in S + inner new;  S <- keep S + k_out new.
-    `write` [K, V] is added to S too. All but the state are [B, H, n, ...]. Returns o [B, H, n, C, V]
-    and the last state."""
+    `write` [K, V] is added to S too. All but the state are [B, H, n, ...]. Returns o, all chunks'
+    [B, H, n, C, V], and the last state."""
     outs = []
     writes = itertools.repeat(None, u.shape[2]) if write is None else write.unbind(2)
     pieces = zip(*(x.unbind(2) for x in (u, w, inner, q_in, k_out, keep)), writes, strict=True)

@@ -1,5 +1,5 @@
-"""The delta rule (DeltaNet: Schlag et al. 2021, arXiv 2102.11174; in chunks: Yang et al. 2024, arXiv
-2406.06484).
+"""The delta rule (Schlag et al. 2021, arXiv 2102.11174; in chunks: DeltaNet, Yang et al. 2024,
+arXiv 2406.06484).
 
 Per head, with write strength beta_t:
 
@@ -57,7 +57,7 @@ def step_delta_rule(
     scale: float | None = None,
     initial_state: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    """One token: q, k [B, H, K], v [B, H, V], beta [B, H]. Returns o [B, H, V] and the new state."""
+    """One token: q, k [B, H, K], v [B, H, V], beta [B, H]. Returns o [B, H, V], new state."""
     dtype, out_dtype = initial_state.dtype, v.dtype
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     q, k, v, beta = (x.to(dtype) for x in (q, k, v, beta))

@@ -38,7 +38,9 @@ def random_inputs(
 ) -> tuple[dict[str, Tensor | None], Tensor]:
     """name -> float64 input, in the op's order; and initial states [states or B, H, K, V].
 
-    Those of LOW hold bfloat16 values, so that rounding them to bfloat16 changes nothing.
+    Those of LOW hold bfloat16 values, so that rounding them to bfloat16 changes nothing. The states
+    have the size of one token's k v^T, as those that a model builds: the gradient of a decay holds
+    <state, its gradient>, K V terms of either sign, where larger states would drown the rest.
     """
     op = op_of(variant)
     generator = torch.Generator(device).manual_seed(seed)
@@ -67,7 +69,7 @@ def random_inputs(
         x["b"] = -x["a"] * normal(*shape, key_dim).sigmoid()
     if variant.endswith("without g"):
         x["g"] = None
-    state = normal(states or batch, heads, key_dim, value_dim)
+    state = normal(states or batch, heads, key_dim, value_dim) / key_dim**0.5
     x = {n: t if t is None or n not in LOW else t.bfloat16() for n, t in x.items()}
     return {n: t if t is None else t.double() for n, t in x.items()}, state.double()
 
@@ -136,6 +138,7 @@ def results(
     """function(x, state, **kwargs) -> (o, final): both, and every gradient of a random sum of them.
 
     dtype: of the inputs in LOW; the others and the state are then float32. None: as they are.
+    An input that has no part in the sum (a decay of an empty state) has zeros for a gradient.
     """
     high = None if dtype is None else torch.float32
     x = {
@@ -146,10 +149,10 @@ def results(
     o, last = function(x, state, **kwargs)
     outs = {"o": o, "final": last} if final else {"o": o}
     total = 0
-    for seed, out in enumerate(outs.values()):
+    for seed, out in enumerate(outs.values(), start=10_000):  # other numbers than the inputs
         generator = torch.Generator(out.device).manual_seed(seed)
         weight = torch.randn(out.shape, generator=generator, device=out.device).bfloat16()
         total = total + (out * weight.to(out)).sum()
     wanted = {n: t for n, t in {**x, "state": state}.items() if t is not None}
-    grads = torch.autograd.grad(total, list(wanted.values()))
+    grads = torch.autograd.grad(total, list(wanted.values()), materialize_grads=True)
     return {**outs, **{f"d{n}": g for n, g in zip(wanted, grads, strict=True)}}

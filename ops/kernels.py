@@ -1,4 +1,5 @@
-"""Which implementation of a linear mixer's recurrence runs: auto | naive | chunk | fla."""
+"""Which implementation of a linear mixer's recurrence runs: auto | naive | chunk | fla |
+mamba_ssm."""
 
 from __future__ import annotations
 
@@ -27,23 +28,33 @@ def fla_backward_refused(device: torch.device) -> bool:
     return (3, 4, 0) <= tuple(int(x) for x in version[:3]) < (3, 7, 1)
 
 
+@functools.cache
+def has_mamba_ssm() -> bool:
+    """Whether mamba-ssm is installed."""
+    return importlib.util.find_spec("mamba_ssm") is not None
+
+
+PACKAGES = {"fla": ("flash-linear-attention", has_fla), "mamba_ssm": ("mamba-ssm", has_mamba_ssm)}
+
+
 def resolve_kernel(kernel: str, device: torch.device, mixer: type) -> str:
-    """The kernel that `kernel` means for a mixer class on `device`: auto is fla on CUDA where it
-    is installed and has the recurrence, else our own chunked form. UserError for fla where it
-    cannot run."""
-    if kernel in ("naive", "chunk"):
-        return kernel
-    usable = device.type == "cuda" and has_fla()
+    """The kernel that `kernel` means for a mixer class on `device`. auto is, on CUDA, mamba-ssm's
+    or fla's where the package is installed and has the recurrence, else our own chunked form.
+    UserError for a kernel that cannot run."""
+    cuda = device.type == "cuda"
     if kernel == "auto":
-        return "fla" if usable and "fla" in mixer.kernels else "chunk"
-    if not usable:
+        for name in ("mamba_ssm", "fla"):
+            if cuda and name in mixer.kernels and PACKAGES[name][1]():
+                return name
+        return "chunk"
+    if kernel in PACKAGES and not (cuda and PACKAGES[kernel][1]()):
         raise UserError(
-            f"--kernel: fla found, but it needs CUDA (device is {device.type}) and the package "
-            "flash-linear-attention; auto, chunk or naive expected"
+            f"--kernel: {kernel} found, but it needs CUDA (device is {device.type}) and the "
+            f"package {PACKAGES[kernel][0]}; auto, chunk or naive expected"
         )
-    if "fla" not in mixer.kernels:
+    if kernel not in mixer.kernels:
         raise UserError(
-            f"--kernel: fla found, but it has no kernel for {mixer.name}; "
+            f"--kernel: {kernel} found, but there is none for {mixer.name}; "
             f"auto or {', '.join(mixer.kernels)} expected"
         )
     return kernel

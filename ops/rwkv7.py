@@ -1,12 +1,12 @@
-"""The recurrence of RWKV-7 (Peng et al. 2025, arXiv 2503.14456, section 3 and its "weighted key value
-state evolution"): a transition that is diagonal plus rank one.
+"""The recurrence of RWKV-7 (Peng et al. 2025, arXiv 2503.14456): a transition that is diagonal plus
+rank one.
 
-Per head, with log decay w_t per key, and vectors a_t (what to read) and b_t (where to write it back):
+Per head, with log decay w_t per key and vectors a_t (what to read) and b_t (where to put it back):
 
     S_t = diag(exp(w_t)) S_{t-1} + b_t (a_t^T S_{t-1}) + k_t v_t^T        o_t = scale S_t^T r_t
 
-RWKV-7 itself has a = -kappa and b = kappa * (in-context learning rate), kappa the normalised removal
-key, which makes it a delta rule whose rate differs by key. The order of inputs is that of fla's
+RWKV-7 itself has a = -kappa and b = kappa * (in-context learning rate), kappa the normalised
+removal key: a delta rule whose rate differs by key. The order of inputs is that of fla's
 `chunk_rwkv7`; the paper's state is the transpose of ours.
 
 `naive_*` loops over time, `chunk_*` is the training form in matrix products, `step_*` decodes one
@@ -15,8 +15,8 @@ Check: `pytest tests/ops -k rwkv7`.
 
 Shapes: B batch, T time, H heads, K key size, V value size, N documents, n chunks, C chunk size.
 r, w, k, a, b [B, T, H, K]; v [B, T, H, V]; states [B, H, K, V] in float32 (float64 for float64 v),
-one per document ([N, H, K, V], B = 1) when `cu_seqlens` [N + 1] is given. w <= 0; scale 1 where None.
-Outputs have v's dtype.
+one per document ([N, H, K, V], B = 1) when `cu_seqlens` [N + 1] is given. w <= 0; scale 1 where
+None. Outputs have v's dtype.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
-"""State space duality, the recurrence of Mamba-2 (Dao and Gu 2024, arXiv 2405.21060, section 3.1
-for scalar decays; the chunked form is its section 6).
+"""State space duality, the recurrence of Mamba-2 (Dao and Gu 2024, arXiv 2405.21060, section 5; the
+chunked form is its section 6).
 
 Per head, with step size dt_t > 0 and the head's rate A < 0:
 
@@ -156,11 +156,14 @@ def mamba_ssm_ssd(
     package mamba-ssm is installed.
 
     It has no state per packed document that a backward could pass: with `cu_seqlens`, states given
-    or wanted raise ValueError (the forms chunk and fla have them). Versions that take a type for
+    or wanted (a prompt being read) are the chunked form's work. Versions that take a type for
     the states between chunks get float32; older ones keep those in C's type.
     """
     if cu_seqlens is not None and (initial_state is not None or output_final_state):
-        raise ValueError("mamba_ssm: no states per packed document; kernel chunk or fla expected")
+        return chunk_ssd(
+            x, dt, A, B, C, D, initial_state=initial_state,
+            output_final_state=output_final_state, cu_seqlens=cu_seqlens,
+        )  # fmt: skip
     from mamba_ssm.ops.triton.ssd_combined import mamba_chunk_scan_combined as kernel
 
     options = {}

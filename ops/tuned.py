@@ -1,6 +1,6 @@
 """Tuned configurations of fla's Triton kernels, so that a first step does not search for minutes.
 
-    python scripts/tune_kernels.py       # makes tuned/<GPU>/<op>.json on the GPU at hand
+    python scripts/tune_kernels.py       # makes tuned/<GPU>.json on the GPU at hand
 
 fla finds the fastest of up to 135 configurations of each kernel when a shape is new, minutes per
 op. `use_tuned` gives Triton's autotuners the results of that search instead. (fla's own
@@ -10,11 +10,17 @@ An entry is used where everything in its key is the same but batch, heads and pa
 change the code that is generated: so one entry per head size serves any model, and never a larger
 tile than was tuned. Other versions of Triton or fla get none: a configuration can be wrong there.
 Check: `pytest tests/ops/test_tuned.py`.
+
+The file: {"versions": {...}, "kernels": {kernel: [entry, ...]}}, one line per entry, sorted, so
+that tuning again changes only the lines where another configuration won. An entry: `config`, what
+triton.Config takes; `dtypes` of the tensors; `key`, the values that Triton keys a launch by, both
+in the order of the kernel's arguments.
 """
 
 from __future__ import annotations
 
 import importlib.metadata
+import importlib.util
 import json
 import math
 import os
@@ -25,13 +31,15 @@ from typing import Any
 
 import torch
 
+TUNED = Path(__file__).resolve().parents[1] / "tuned"
 # The parts of a key that may differ between an entry and a call.
 FREE = frozenset(("B", "H", "HQ", "HV", "IS_VARLEN"))
+OPTIONS = ("num_warps", "num_stages", "num_ctas")  # of a configuration; the rest is the tile
 
 
-def gpu_folder(name: str) -> str:
-    """A GPU's name as that of a folder, as fla has it: NVIDIA_H100_80GB_HBM3."""
-    return re.sub(r"[^0-9A-Za-z]+", "_", name).strip("_") or "unknown_gpu"
+def file_of(gpu: str, root: Path | str = TUNED) -> Path:
+    """A GPU's file, named as fla names GPUs: NVIDIA_H100_80GB_HBM3.json."""
+    return Path(root) / f"{re.sub(r'[^0-9A-Za-z]+', '_', gpu).strip('_') or 'unknown_gpu'}.json"
 
 
 def versions() -> dict[str, str]:
@@ -40,48 +48,43 @@ def versions() -> dict[str, str]:
     return {n: importlib.metadata.version(p).split("+")[0] for n, p in names.items()}
 
 
-def read_folder(folder: Path) -> tuple[dict[str, str], dict[str, list[dict]]]:
-    """The versions that all files name, and kernel -> entries of all files.
-
-    ValueError for files of different versions: one of them would be used wrongly.
-    """
-    found: dict[str, str] = {}
-    kernels: dict[str, list[dict]] = {}
-    for path in sorted(folder.glob("*.json")):
-        data = json.loads(path.read_text())
-        if found and data["versions"] != found:
-            raise ValueError(
-                f"{path}: {data['versions']} found, {found} of its neighbours expected"
-            )
-        found = data["versions"]
-        for kernel, entries in data["kernels"].items():
-            known = kernels.setdefault(kernel, [])
-            keys = [(e["key"], e["dtypes"]) for e in known]
-            known += [e for e in entries if (e["key"], e["dtypes"]) not in keys]
-    return found, kernels
+def read_entries(path: Path) -> tuple[dict[str, str], dict[str, list[dict]]]:
+    """The versions that the file was made with, and kernel -> entries; none of no file."""
+    if not path.exists():
+        return {}, {}
+    data = json.loads(path.read_text())
+    for entries in data["kernels"].values():
+        for entry in entries:
+            entry["dtypes"] = [f"torch.{d}" for d in entry["dtypes"].split()]
+    return data["versions"], data["kernels"]
 
 
 def write_entries(path: Path, kernels: dict[str, list[dict]]) -> None:
-    """Merge kernel -> entries into the file; entries of the same key are replaced."""
-    merged: dict[str, list[dict]] = {}
-    if path.exists():
-        data = json.loads(path.read_text())
-        merged = data["kernels"] if data["versions"] == versions() else {}
+    """Merge kernel -> entries into the file: those of the same key are replaced, and those of other
+    versions dropped."""
+    made, merged = read_entries(path)
+    if made != versions():
+        merged = {}
     for kernel, entries in kernels.items():
         keys = [(e["key"], e["dtypes"]) for e in entries]
         kept = [e for e in merged.get(kernel, []) if (e["key"], e["dtypes"]) not in keys]
         merged[kernel] = kept + entries
-    lines = []
+    blocks = []
     for kernel in sorted(merged):
-        rows = sorted(json.dumps(entry) for entry in merged[kernel])
-        lines.append(f"{json.dumps(kernel)}: [\n" + ",\n".join(rows) + "\n]")
-    text = (
-        f'{{"versions": {json.dumps(versions())},\n"kernels": {{\n' + ",\n".join(lines) + "\n}}\n"
-    )
+        rows = sorted(_line(entry) for entry in merged[kernel])
+        blocks.append(f"{json.dumps(kernel)}: [\n" + ",\n".join(rows) + "\n]")
+    text = f'{{"versions": {json.dumps(versions())},\n"kernels": {{\n'
+    text += ",\n".join(blocks) + "\n}}\n"
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(".partial")
     partial.write_text(text)
     os.replace(partial, path)
+
+
+def _line(entry: dict) -> str:
+    config = dict(sorted(entry["config"].items()))
+    dtypes = " ".join(d.removeprefix("torch.") for d in entry["dtypes"])
+    return json.dumps({"config": config, "dtypes": dtypes, "key": entry["key"]})
 
 
 def nearest(entries: list[dict], key: tuple[Any, ...]) -> dict | None:
@@ -131,7 +134,9 @@ class TunedConfigs(dict):
             if entry is not None:
                 import triton
 
-                self[key] = triton.Config(**entry["config"])
+                tile = dict(entry["config"])
+                others = {n: tile.pop(n) for n in OPTIONS if n in tile}
+                self[key] = triton.Config(tile, **others)
         return super().__contains__(key)
 
 
@@ -152,24 +157,41 @@ def autotuners() -> dict[str, Any]:
     return found
 
 
-def use_tuned(device: torch.device, root: Path | str = "tuned") -> str:
-    """Use the configurations tuned for this GPU, where there are any. Returns a line to print."""
-    name = torch.cuda.get_device_name(device)
-    folder = Path(root) / gpu_folder(name)
+def use_tuned(device: torch.device, root: Path | str = TUNED) -> str:
+    """Use the configurations tuned for this GPU, where there are any.
+
+    Returns a line to print; an empty one for a device without Triton.
+    """
+    if device.type != "cuda":
+        return ""
+    if importlib.util.find_spec("fla") is None:
+        return "tuned kernels: none, flash-linear-attention is not installed"
     if "FLA_CACHE_MODE" in os.environ:
         return f"tuned kernels: left to FLA_CACHE_MODE={os.environ['FLA_CACHE_MODE']}"
-    tune = "the first step autotunes for minutes; python scripts/tune_kernels.py saves that"
-    made, kernels = read_folder(folder)
+    path = file_of(torch.cuda.get_device_name(device), root)
+    made, kernels = read_entries(path)
+    search = "first steps search for minutes (scripts/tune_kernels.py)"
     if not kernels:
-        return f"no tuned kernels for {name}: {tune}"
+        return f"tuned kernels: none for {path.stem}; {search}"
     if made != versions():
-        return f"tuned kernels for {name} are of {_say(made)}, not {_say(versions())}: {tune}"
-    import fla.ops  # noqa: F401  # all kernels' modules
-
+        return f"tuned kernels: those of {_say(made)} do not hold for {_say(versions())}; {search}"
+    import_ops()
     for kernel, autotuner in autotuners().items():
         if kernel in kernels and not isinstance(autotuner.cache, TunedConfigs):
             autotuner.cache = TunedConfigs(kernels[kernel])
-    return f"tuned kernels: {folder.name}, {_say(made)}"
+    return f"tuned kernels: {path.stem}, {_say(made)}"
+
+
+def import_ops() -> None:
+    """All modules of fla's kernels, without its layers and models: those import transformers,
+    which takes seconds. fla treats them as optional, so a later import finds them as ever."""
+    optional = [name for name in ("fla.layers", "fla.models") if name not in sys.modules]
+    sys.modules.update(dict.fromkeys(optional))  # None: not to be found
+    try:
+        import fla.ops  # noqa: F401
+    finally:
+        for name in optional:
+            del sys.modules[name]
 
 
 def _say(found: dict[str, str]) -> str:

@@ -1,13 +1,16 @@
 """Find the fastest configurations of fla's Triton kernels on this GPU, and write them to tuned/.
 
-    python scripts/tune_kernels.py                                  # about 6 minutes on 16 cores
+    python scripts/tune_kernels.py                                  # about 5 minutes on 16 cores
     python scripts/tune_kernels.py --ops gla,kda --head_dims 96     # another head size
 
 Compiling is nearly all of the work, so worker processes compile every configuration while one
 process times them, op by op, at 16,384 tokens of packed documents through ops/fla_kernels.py. What
 is chosen is then held against the float64 recurrence (ops/fla_reference.py): Triton miscompiles
-some of them on some GPUs, and none that computes something else is written. Each op's file is
-written when the op is done. What the files are: ops/tuned.py. Tested by tests/ops/test_tuned.py.
+some of them on some GPUs, and none that computes something else is written. One that takes its
+process with it (an illegal access, a hang) is banned, named in the table, and the op tuned anew:
+each op and head size has a process of its own, which notes in a file what it is about to run.
+The GPU's file is written as each op is done; what it holds: ops/tuned.py. Tested by
+tests/ops/test_tuned.py.
 """
 
 from __future__ import annotations
@@ -15,10 +18,14 @@ from __future__ import annotations
 import argparse
 import contextlib
 import functools
+import itertools
+import json
 import multiprocessing
 import os
 import sys
+import tempfile
 import time
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, wait
 from pathlib import Path
 from typing import Any
@@ -30,12 +37,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from config import UserError
 from ops import fla_kernels
 from ops.fla_reference import VARIANTS, naive, op_of, random_inputs, results
-from ops.tuned import autotuners, gpu_folder, write_entries
+from ops.tuned import TUNED, autotuners, file_of, write_entries
 
 TOKENS = 16_384
 CHECK_BOUNDS = [0, 1, 70, 256]
 LIMIT = 5e-2  # RMS error ratio: bfloat16 gives up to 2e-2, wrong code 0.1 and more
 SHARDS = 4  # compile tasks per op and head size
+MOST_BANNED = 8  # configurations of an op and head size that may fail before it is given up
+PATIENCE = 150  # seconds that an op and head size may take once compiled; 30 are usual
 
 
 def heads_of(head_dim: int) -> int:
@@ -134,8 +143,36 @@ def errors_of(variant: str, head_dim: int, expected: dict) -> dict[str, float]:
     return ratios
 
 
-def tune(variant: str, head_dim: int, path: str, device: str = "cuda") -> tuple[int, int, str]:
-    """Time, choose, check, write. Returns the kernels, the configurations tried, and a remark."""
+class Note:
+    """A file that says which configuration of which kernel is running: after a crash, the culprit.
+
+    Every launch is waited for, as an illegal access is reported by some later call otherwise.
+    """
+
+    def __init__(self, path: Path | str):
+        self.path = Path(path)
+
+    @contextlib.contextmanager
+    def running(self, kernel: str, config: Any) -> Iterator[None]:
+        """Cleared at the end unless it ends by an exception."""
+        self.path.write_text(json.dumps([kernel, str(config)]))
+        yield
+        if torch.cuda.is_initialized():
+            torch.cuda.synchronize()
+        self.path.write_text("")
+
+    def read(self) -> tuple[str, str] | None:
+        text = self.path.read_text() if self.path.exists() else ""
+        return tuple(json.loads(text)) if text else None
+
+
+def tune(
+    variant: str, head_dim: int, path: str, note: Note, banned: frozenset, device: str = "cuda"
+) -> tuple[int, int, str]:
+    """Time, choose, check, write. Returns the kernels, the configurations tried, and a remark.
+
+    banned: (kernel, configuration as text), which are not tried.
+    """
     import triton.testing
     from triton.runtime.autotuner import Autotuner, OutOfResources
 
@@ -150,32 +187,117 @@ def tune(variant: str, head_dim: int, path: str, device: str = "cuda") -> tuple[
         def launch():
             self.fn.run(*args, **{**kwargs, **config.all_kwargs()})
 
-        try:
-            ms = triton.testing.do_bench(launch, warmup=5, rep=20, quantiles=(0.5, 0.2, 0.8))
-        except (OutOfResources, *compile_errors()):
-            return [float("inf")] * 3
+        with note.running(kernel_name(self), config):
+            try:
+                ms = triton.testing.do_bench(launch, warmup=5, rep=20, quantiles=(0.5, 0.2, 0.8))
+            except (OutOfResources, *compile_errors()):
+                return [float("inf")] * 3
         slot["ms"][config] = ms[0]
         return ms
 
+    launch_chosen = Autotuner.run
+
+    def run(self, *args, **kwargs):
+        result = launch_chosen(self, *args, **kwargs)
+        with note.running(kernel_name(self), self.best_config):
+            return result
+
     found = fresh_autotuners()
     for kernel, autotuner in found.items():
-        autotuner.configs = fitting(search_space()[kernel], head_dim)
-        if len(autotuner.configs) == 1 < len(search_space()[kernel]):
-            autotuner.configs *= 2  # one alone would be launched without being timed
+        autotuner.configs = allowed(kernel, head_dim, banned)
     bounds = [0, 1000, 3048, 3100, 7196, 9244, 13_340, TOKENS]
-    with mock.patch.object(Autotuner, "_bench", bench):
+    with mock.patch.object(Autotuner, "_bench", bench), mock.patch.object(Autotuner, "run", run):
         one_step(variant, head_dim, bounds, device)()
-
-    x, _ = random_inputs(
-        variant, CHECK_BOUNDS[-1], heads=heads_of(head_dim), key_dim=head_dim, value_dim=head_dim,
-        device=device,
-    )  # fmt: skip
-    reference = functools.partial(naive, op_of(variant))
-    expected = results(reference, x, None, final=False, bounds=CHECK_BOUNDS)
-    remark = repair(variant, head_dim, expected, found, times)
+        x, _ = random_inputs(
+            variant, CHECK_BOUNDS[-1], heads=heads_of(head_dim), key_dim=head_dim,
+            value_dim=head_dim, device=device,
+        )  # fmt: skip
+        reference = functools.partial(naive, op_of(variant))
+        expected = results(reference, x, None, final=False, bounds=CHECK_BOUNDS)
+        remark = repair(variant, head_dim, expected, found, times)
     write_entries(Path(path), entries_of(found, times))
     tried = sum(len(slot["ms"]) for slots in times.values() for slot in slots.values())
     return len(times), tried, remark
+
+
+def allowed(kernel: str, head_dim: int, banned: frozenset) -> list:
+    """The configurations to try; twice the same where there is but one of several left, as one
+    alone would be launched without being timed."""
+    every = search_space()[kernel]
+    configs = [c for c in fitting(every, head_dim) if (kernel, str(c)) not in banned]
+    if not configs:
+        raise UserError(f"every configuration of {kernel} fails")
+    return configs * 2 if len(configs) == 1 < len(every) else configs
+
+
+def serve(pipe: Any, note_path: str) -> None:
+    """A process for one op and head size: it imports and starts CUDA, waits for the arguments of
+    `tune`, and sends back what that returns, or the exception as text."""
+    search_space()
+    torch.zeros(1, device="cuda")
+    variant, head_dim, path, banned = pipe.recv()
+    try:
+        pipe.send((*tune(variant, head_dim, path, Note(note_path), banned), None))
+    except Exception as error:  # reported by the parent, whatever it is
+        text = str(error).strip().split("\n")[0]
+        pipe.send((0, 0, "", f"{type(error).__name__}: {text}"))
+
+
+class Timer:
+    """One process of `serve`, started ahead of its use because imports take seconds."""
+
+    def __init__(self, folder: str, number: int, target: Callable = serve):
+        context = multiprocessing.get_context("spawn")
+        self.note = Note(Path(folder) / f"note{number}")
+        self.pipe, theirs = context.Pipe()
+        self.process = context.Process(
+            target=target, args=(theirs, str(self.note.path)), daemon=True
+        )
+        self.process.start()
+        theirs.close()  # so that the death of the process ends a wait for its answer
+
+    def answer(self, task: tuple) -> tuple[int, int, str, str | None]:
+        """`tune`'s answer and None; or nothing and why."""
+        try:
+            self.pipe.send(task)
+            if not self.pipe.poll(PATIENCE):
+                return 0, 0, "", f"no answer in {PATIENCE} s"
+            return self.pipe.recv()
+        except (EOFError, OSError):
+            self.process.join(10)
+            return 0, 0, "", f"its process ended with code {self.process.exitcode}"
+        finally:
+            self.process.kill()
+            self.process.join()
+
+
+def tune_safely(
+    variant: str, head_dim: int, path: str, timers: Iterator[Timer]
+) -> tuple[int, int, str, bool]:
+    """`tune` in a process of its own, again without the configuration that a failure is blamed on.
+
+    Returns its answer, with the banned ones in the remark, and whether it succeeded.
+    """
+    banned: dict[tuple[str, str], str] = {}
+    while True:
+        timer = next(timers)
+        kernels, tried, remark, failure = timer.answer((variant, head_dim, path, frozenset(banned)))
+        culprit = timer.note.read()
+        listed = "".join(f"; banned {k.split('.')[-1]} ({c}): {e}" for (k, c), e in banned.items())
+        if failure is None:
+            return kernels, tried, remark + listed, True
+        if culprit is None or culprit in banned or len(banned) == MOST_BANNED:
+            where = f" in {culprit[0]} ({culprit[1]})" if culprit else ""
+            return 0, 0, f"FAILED{where}: {failure}{listed}", False
+        banned[culprit] = failure
+
+
+def timers_ahead(folder: str, first: Timer) -> Iterator[Timer]:
+    """Timers without end, the next one started when one is taken."""
+    ahead = first
+    for number in itertools.count(1):
+        timer, ahead = ahead, Timer(folder, number)
+        yield timer
 
 
 def repair(variant: str, head_dim: int, expected: dict, found: dict, times: dict) -> str:
@@ -215,12 +337,12 @@ def entries_of(found: dict, times: dict) -> dict[str, list[dict]]:
     for kernel, slots in times.items():
         for slot in slots.values():
             config = found[kernel].cache[(*slot["key"].values(), *slot["dtypes"])]
-            chosen = dict(
-                kwargs=config.kwargs, num_warps=config.num_warps, num_stages=config.num_stages,
-                num_ctas=config.num_ctas,
-            )  # fmt: skip
+            chosen = {**config.kwargs, "num_warps": config.num_warps}
+            chosen["num_stages"] = config.num_stages
+            if config.num_ctas != 1:
+                chosen["num_ctas"] = config.num_ctas
             entry = dict(key=slot["key"], dtypes=slot["dtypes"], config=chosen)
-            entries.setdefault(kernel, []).append(entry | {"ms": round(slot["ms"][config], 5)})
+            entries.setdefault(kernel, []).append(entry)
     return entries
 
 
@@ -229,7 +351,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--head_dims", default="64,128", help="head sizes")
     parser.add_argument("--ops", default="all", help="all, or names: " + ",".join(fla_kernels.OPS))
     parser.add_argument("--jobs", type=int, default=max(1, (os.cpu_count() or 2) - 1))
-    parser.add_argument("--out", default="tuned", help="folder that holds one per GPU")
+    parser.add_argument("--out", default=str(TUNED), help="folder that holds one file per GPU")
     args = parser.parse_args(argv)
     names = list(fla_kernels.OPS) if args.ops == "all" else args.ops.split(",")
     for name in names:
@@ -252,33 +374,31 @@ def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
     os.environ["FLA_CACHE_RESULTS"] = "0"  # else an earlier search would be taken for this one
     os.environ["OMP_NUM_THREADS"] = "1"
-    folder = Path(args.out) / gpu_folder(torch.cuda.get_device_name())
+    path = file_of(torch.cuda.get_device_name(), args.out)
     context = multiprocessing.get_context("spawn")
     tasks = [(v, size) for v in args.variants for size in args.head_dims]
     failed, start = False, time.time()
-    print(f"{'op':<28}{'head':>5}{'kernels':>9}{'tried':>7}{'seconds':>9}  {folder}", flush=True)
-    with ProcessPoolExecutor(args.jobs, mp_context=context) as compilers:
+    print(f"{'op':<28}{'head':>5}{'kernels':>9}{'tried':>7}{'seconds':>9}  {path.name}", flush=True)
+    with (
+        tempfile.TemporaryDirectory() as notes,
+        ProcessPoolExecutor(args.jobs, mp_context=context) as compilers,
+    ):
+        timers = timers_ahead(notes, Timer(notes, 0))
         compiling = {
             task: [compilers.submit(compile_shard, *task, shard) for shard in range(SHARDS)]
             for task in tasks
         }
-        timer = ProcessPoolExecutor(1, mp_context=context)
         for task in tasks:
             variant, size = task
             wait(compiling[task])
             lost = [e for e in (f.exception() for f in compiling[task]) if e is not None]
-            path = folder / f"{variant.replace(' ', '_')}.json"
-            try:
-                kernels, tried, remark = timer.submit(tune, variant, size, str(path)).result()
-            except Exception as error:  # a kernel may take the process or its GPU context with it
-                failed = True
-                kernels, tried, remark = 0, 0, f"FAILED: {type(error).__name__}: {error}"
-                timer.shutdown(wait=False)
-                timer = ProcessPoolExecutor(1, mp_context=context)
+            kernels, tried, remark, succeeded = tune_safely(variant, size, str(path), timers)
+            failed = failed or not succeeded
             remark += f"; {len(lost)} shards not compiled ahead: {lost[0]!r}" if lost else ""
             row = f"{variant:<28}{size:>5}{kernels:>9}{tried:>7}{time.time() - start:>9.0f}"
             print(f"{row}  {remark}", flush=True)
-        timer.shutdown()
+    if path.exists():
+        print(f"{path.name}: {path.stat().st_size / 1024:.0f} KiB", flush=True)
     return int(failed)
 
 

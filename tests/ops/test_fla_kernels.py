@@ -1,7 +1,7 @@
 """fla's kernels as custom ops: on CPU the wiring, on a GPU the numbers against float64 loops.
 
 pytest tests/ops/test_fla_kernels.py            # CPU: fla's own functions are replaced by loops
-pytest tests/ops/test_fla_kernels.py -m gpu -k gla      # a minute per op (Triton compiles)
+pytest tests/ops/test_fla_kernels.py -m gpu     # minutes, where Triton has not compiled them yet
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ import importlib
 import inspect
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from pathlib import Path
 
 import pytest
 import torch
@@ -21,7 +20,6 @@ from ops import fla_kernels
 from ops.fla_kernels import CHUNK, CUSTOM_OPS, OPS, check_head_size
 from ops.fla_reference import LOW, VARIANTS, naive, random_inputs, results
 
-ROOT = Path(__file__).resolve().parents[2]
 # Odd bounds, an empty document inside, more than one chunk, padded by repeats at the end.
 BOUNDS = [0, 1, 38, 38, 165, 200, 200, 200]
 
@@ -47,6 +45,7 @@ def compare(actual, expected, tol=None):
     errors = {n: rms_ratio(actual[n], expected[n]) for n in actual}
     limits = {n: TOLERANCE[actual[n].dtype] if tol is None else tol for n in actual}
     assert all(errors[n] <= limits[n] for n in errors), {n: f"{e:.1e}" for n, e in errors.items()}
+    return max(errors.values())
 
 
 # fla's function -> what it returns, in order; "." is anything. Names as in `make`.
@@ -227,7 +226,7 @@ def run_block(block, x, state, cu_seqlens):
     return [o, *([] if final is None else [final]), *grads]
 
 
-def check_compiled(variant, backend, device, dtype, **sizes):
+def check_compiled(variant, backend, device, dtype, cases=3, **sizes):
     torch._dynamo.reset()
     x, state = random_inputs(variant, 72, states=4, device=device, **sizes)
     x = {n: t if t is None else t.to(dtype if n in LOW else torch.float32).requires_grad_()
@@ -235,7 +234,7 @@ def check_compiled(variant, backend, device, dtype, **sizes):
     block = Block(variant, x, device, dtype)
     compiled = torch.compile(block, fullgraph=True, backend=backend)
     cu_seqlens = torch.tensor([0, 3, 40, 40, 72], dtype=torch.int32, device=device)
-    for args in ((state.float(), cu_seqlens), (None, cu_seqlens), (None, None)):
+    for args in ((state.float(), cu_seqlens), (None, cu_seqlens), (None, None))[:cases]:
         for a, b in zip(run_block(compiled, x, *args), run_block(block, x, *args), strict=True):
             assert rms_ratio(a, b) <= TOLERANCE[dtype]
 
@@ -328,57 +327,73 @@ def on_gpu(test):
 
 @pytest.fixture
 def quick(monkeypatch):
-    """Tuned configurations where there are some; else the first of each kernel, not the best."""
+    """Tuned configurations where there are some; else the first of each kernel, untimed."""
     from triton.runtime.autotuner import Autotuner
 
     from ops.tuned import use_tuned
 
-    use_tuned(torch.device("cuda"), ROOT / "tuned")
+    use_tuned(torch.device("cuda"))
     prune = Autotuner.prune_configs
     monkeypatch.setattr(Autotuner, "prune_configs", lambda self, k: prune(self, k)[:1])
+    monkeypatch.setattr(Autotuner, "_bench", lambda self, *args, **kwargs: [0.0] * 3)
 
 
-SIZES = {"64": (64, 64), "128": (128, 128), "96": (96, 96), "64x128": (64, 128)}
+# Key size, value size, heads: the heads of scripts/tune_kernels.py, whose compiled kernels serve.
+SIZES = {"64": (64, 64, 9), "128": (128, 128, 12), "96": (96, 96, 8), "64x128": (64, 128, 9)}
+# No power of two: masked tiles. Key and value differ, and short keys are padded to 128 on Hopper.
+MORE_SIZES = [
+    *((variant, "96") for variant in ("gated_delta_rule", "kda", "gla", "rwkv7")),
+    *((variant, "64x128") for variant in ("gated_delta_rule", "linear_attention", "rwkv6")),
+]
+
+
+def gpu_inputs(variant, length, size, **kwargs):
+    key, value, heads = SIZES[size]
+    return random_inputs(
+        variant, length, heads=heads, key_dim=key, value_dim=value, device="cuda", **kwargs
+    )
 
 
 @on_gpu
-@pytest.mark.parametrize("size", SIZES)
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize(
+    ("variant", "size"), [(v, size) for v in VARIANTS for size in ("64", "128")] + MORE_SIZES
+)
 def test_packed_states_on_gpu(quick, variant, size):
-    key, value = SIZES[size]
+    """dg is the least exact, 4e-3 to 6e-3: fla adds up <state, its gradient> in bfloat16 there."""
     op = variant.split()[0]
-    x, state = random_inputs(
-        variant, BOUNDS[-1], key_dim=key, value_dim=value, states=len(BOUNDS) - 1, device="cuda"
-    )
+    x, state = gpu_inputs(variant, BOUNDS[-1], size, states=len(BOUNDS) - 1)
     expected = results(partial(naive, op), x, state, bounds=BOUNDS)
     actual = results(call(op), x, state, dtype=torch.bfloat16, bounds=BOUNDS)
-    print({n: f"{rms_ratio(actual[n], expected[n]):.1e}" for n in actual})
-    compare(actual, expected, tol=TOLERANCE[torch.bfloat16])
+    print(f"error {compare(actual, expected, tol=TOLERANCE[torch.bfloat16]):.1e}")
 
 
 @on_gpu
 @pytest.mark.parametrize("size", ["64", "128"])
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_lengths_on_gpu(quick, variant, size):
-    key, value = SIZES[size]
     op = variant.split()[0]
+    errors = []
     for length in (1, 63, 200):
-        x, _ = random_inputs(
-            variant, length, batch=2, key_dim=key, value_dim=value, device="cuda", seed=length
-        )
+        x, _ = gpu_inputs(variant, length, size, batch=2, seed=length)
         expected = results(partial(naive, op), x, None, final=False)
         actual = results(partial(call(op), final=False), x, None, dtype=torch.bfloat16, final=False)
-        print(length, {n: f"{rms_ratio(actual[n], expected[n]):.1e}" for n in actual})
-        if length == 1:  # decay and read of an empty state: no gradient to compare
-            actual = {n: t for n, t in actual.items() if expected[n].abs().max() > 1e-9}
-            expected = {n: expected[n] for n in actual}
-        compare(actual, expected, tol=TOLERANCE[torch.bfloat16])
+        if length == 1:  # no gradient of a decay and a read of an empty state
+            for name in [n for n in expected if expected[n].abs().max() < 1e-9]:
+                largest = expected["dk"].abs().max()
+                assert actual.pop(name).abs().max() <= TOLERANCE[torch.bfloat16] * largest, name
+                del expected[name]
+        errors.append(compare(actual, expected, tol=TOLERANCE[torch.bfloat16]))
+    print("error " + ", ".join(f"{error:.1e}" for error in errors))
 
 
 @on_gpu
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_compiled_on_gpu(quick, variant):
-    check_compiled(variant, "inductor", "cuda", torch.bfloat16, key_dim=64, value_dim=64)
+    key, value, heads = SIZES["64"]
+    check_compiled(
+        variant, "inductor", "cuda", torch.bfloat16, key_dim=key, value_dim=value, heads=heads,
+        cases=3 if variant == "gated_delta_rule" else 1,
+    )  # fmt: skip
 
 
 @on_gpu
@@ -386,13 +401,10 @@ def test_compiled_on_gpu(quick, variant):
 def test_float32_on_gpu(quick, variant):
     """Triton multiplies float32 in TF32: ten bits more than bfloat16 keeps, not all 24."""
     op = variant.split()[0]
-    x, state = random_inputs(
-        variant, BOUNDS[-1], key_dim=64, value_dim=64, states=len(BOUNDS) - 1, device="cuda"
-    )
+    x, state = gpu_inputs(variant, BOUNDS[-1], "64", states=len(BOUNDS) - 1)
     expected = results(partial(naive, op), x, state, bounds=BOUNDS)
     actual = results(call(op), x, state, dtype=torch.float32, bounds=BOUNDS)
-    print({n: f"{rms_ratio(actual[n], expected[n]):.1e}" for n in actual})
-    compare(actual, expected, tol=5e-3)
+    print(f"error {compare(actual, expected, tol=5e-3):.1e}")
 
 
 @on_gpu
@@ -403,7 +415,7 @@ def test_one_wait_per_batch(quick, monkeypatch):
     counted, build = [], index._segmented_arange
     monkeypatch.setattr(index, "_segmented_arange", lambda c: (counted.append(1), build(c))[1])
     torch._dynamo.reset()
-    x, _ = random_inputs("gated_delta_rule", 72, key_dim=64, value_dim=64, device="cuda")
+    x, _ = gpu_inputs("gated_delta_rule", 72, "64")
     x = {n: t.to(torch.bfloat16 if n in LOW else torch.float32).requires_grad_()
          for n, t in x.items()}  # fmt: skip
     blocks = [Block("gated_delta_rule", x, "cuda", torch.bfloat16) for _ in range(3)]

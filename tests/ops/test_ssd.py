@@ -126,14 +126,19 @@ def test_mamba_ssm_form_is_the_formula(fake_mamba_ssm):
 
 
 def test_mamba_ssm_form_packed(fake_mamba_ssm):
-    tokens, fixed, state = make(CASE, BOUNDS[-1], batch=1, dtype=torch.float32)
+    """With states per document it is the chunked form that runs."""
+    tokens, fixed, state = make(CASE, BOUNDS[-1], batch=1, states=len(BOUNDS) - 1)
     bounds = torch.tensor(BOUNDS, dtype=torch.int32)
-    y, final = mamba_ssm_ssd(**tokens, **fixed, cu_seqlens=bounds)
+    single = {n: x.float() for n, x in {**tokens, **fixed}.items()}
+    y, final = mamba_ssm_ssd(**single, cu_seqlens=bounds)
     assert final is None
-    assert_close_rms(y, naive_ssd(**tokens, **fixed, cu_seqlens=bounds)[0])
-    for states in ({"initial_state": state}, {"output_final_state": True}):
-        with pytest.raises(ValueError, match="no states per packed document"):
-            mamba_ssm_ssd(**tokens, **fixed, cu_seqlens=bounds, **states)
+    assert_close_rms(y, naive_ssd(**single, cu_seqlens=bounds)[0])
+    wanted = {"initial_state": state, "output_final_state": True, "cu_seqlens": bounds}
+    pairs = zip(
+        *(op(**tokens, **fixed, **wanted) for op in (mamba_ssm_ssd, naive_ssd)), strict=True
+    )
+    for actual, expected in pairs:
+        assert_close_rms(actual, expected)
 
 
 @pytest.mark.gpu

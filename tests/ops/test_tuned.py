@@ -1,4 +1,5 @@
-"""Tuned configurations: files, which entry serves which call, and Triton's autotuners taking them.
+"""Tuned configurations: the file, which entry serves which call, autotuners that take them, and a
+tuner that outlives a configuration which does not.
 
 pytest tests/ops/test_tuned.py
 """
@@ -6,13 +7,15 @@ pytest tests/ops/test_tuned.py
 from __future__ import annotations
 
 import json
+import os
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 
 from ops import tuned
-from ops.tuned import TunedConfigs, gpu_folder, nearest, read_folder, use_tuned, write_entries
+from ops.tuned import TUNED, TunedConfigs, file_of, nearest, read_entries, use_tuned, write_entries
 
 ROOT = Path(__file__).resolve().parents[2]
 KERNEL = "fla.ops.gla.chunk.chunk_gla_fwd_kernel_o"
@@ -21,8 +24,8 @@ BF16, FP32, INT = "torch.bfloat16", "torch.float32", "torch.int32"
 
 def entry(*, heads=9, key_dim=64, varlen=True, dtypes=(BF16, FP32, INT), warps=4):
     key = {"H": heads, "K": key_dim, "IS_VARLEN": varlen, "USE_G": True}
-    config = {"kwargs": {"BK": 32, "BV": 64}, "num_warps": warps, "num_stages": 3, "num_ctas": 1}
-    return {"key": key, "dtypes": list(dtypes), "config": config, "ms": 0.1}
+    config = {"BK": 32, "BV": 64, "num_warps": warps, "num_stages": 3}
+    return {"key": key, "dtypes": list(dtypes), "config": config}
 
 
 @pytest.fixture
@@ -79,32 +82,38 @@ def test_the_nearest_is_served():
     assert nearest(entries, same)["config"]["num_warps"] == 8
 
 
-def test_files_merge(tmp_path, installed):
-    path = tmp_path / "gla.json"
+def test_a_file_is_merged(tmp_path, installed, monkeypatch):
+    path = tmp_path / "gpu.json"
+    assert read_entries(path) == ({}, {})
     write_entries(path, {KERNEL: [entry(warps=1), entry(key_dim=128)]})
     write_entries(path, {KERNEL: [entry(warps=2)], "fla.other": [entry()]})
-    found, kernels = read_folder(tmp_path)
+    found, kernels = read_entries(path)
     assert found == tuned.versions()
     assert sorted(kernels) == sorted([KERNEL, "fla.other"])
     assert {(e["key"]["K"], e["config"]["num_warps"]) for e in kernels[KERNEL]} == {
         (64, 2),
         (128, 4),
     }
-    write_entries(tmp_path / "kda.json", {KERNEL: [entry(warps=8), entry(heads=2)]})
-    kernels = read_folder(tmp_path)[1]  # the first file's, and what only the second has
-    assert [e["config"]["num_warps"] for e in kernels[KERNEL] if e["key"]["H"] == 9] == [4, 2]
-    assert len(kernels[KERNEL]) == 3
-    assert not list(tmp_path.glob("*.partial"))
-
-
-def test_files_of_other_versions(tmp_path, installed, monkeypatch):
-    write_entries(tmp_path / "gla.json", {KERNEL: [entry()]})
+    assert kernels["fla.other"] == [entry()]  # as it was given
     monkeypatch.setattr(tuned, "versions", lambda: {"fla": "0.6.0", "triton": "3.7.1"})
-    write_entries(tmp_path / "kda.json", {KERNEL: [entry()]})
-    with pytest.raises(ValueError, match=r"kda.json: .*3.7.1.* found, .*3.6.0"):
-        read_folder(tmp_path)
-    write_entries(tmp_path / "gla.json", {"fla.other": [entry()]})  # replaced, not merged
-    assert list(read_folder(tmp_path)[1]) == ["fla.other", KERNEL]
+    write_entries(path, {KERNEL: [entry(warps=8)]})  # replaced, not merged
+    assert read_entries(path) == (tuned.versions(), {KERNEL: [entry(warps=8)]})
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_file_is_the_same_in_any_order(tmp_path, installed):
+    """One line per entry, in an order of their own: a diff shows what another tuning changed."""
+    entries = [entry(), entry(key_dim=128), entry(heads=2)]
+    write_entries(tmp_path / "a.json", {KERNEL: entries, "fla.other": [entry()]})
+    for e in (entry(), *reversed(entries)):
+        write_entries(tmp_path / "b.json", {"fla.other": [entry()]})
+        write_entries(tmp_path / "b.json", {KERNEL: [e]})
+    text = (tmp_path / "a.json").read_text()
+    assert (tmp_path / "b.json").read_text() == text
+    rows = [line.rstrip(",") for line in text.splitlines() if line.startswith('{"config"')]
+    assert len(rows) == 4
+    assert all(json.loads(row) for row in rows)
+    assert list(json.loads(rows[0])["key"]) == list(entry()["key"])  # the autotuner's order
 
 
 def test_an_autotuner_asks_no_more(tmp_path, installed):
@@ -112,9 +121,8 @@ def test_an_autotuner_asks_no_more(tmp_path, installed):
     pytest.importorskip("fla.ops")
     autotuner = tuned.autotuners()[KERNEL]
     assert autotuner.keys == ["BT", "HV", "STATE_V_FIRST", "K", "V"]
-    folder = tmp_path / "NVIDIA_H100_80GB_HBM3"
     made = entry() | {"key": {"BT": 64, "HV": 9, "STATE_V_FIRST": False, "K": 64, "V": 64}}
-    write_entries(folder / "gla.json", {KERNEL: [made]})
+    write_entries(file_of("NVIDIA H100 80GB HBM3", tmp_path), {KERNEL: [made]})
     before = autotuner.cache
     try:
         line = use_tuned(torch.device("cuda"), tmp_path)
@@ -134,28 +142,44 @@ def test_an_autotuner_asks_no_more(tmp_path, installed):
 
 def test_other_answers(tmp_path, installed, monkeypatch):
     cuda = torch.device("cuda")
-    line = use_tuned(cuda, tmp_path)
-    assert line.startswith("no tuned kernels for NVIDIA H100 80GB HBM3: the first step autotunes")
-    assert line.endswith("python scripts/tune_kernels.py saves that")
-    write_entries(tmp_path / gpu_folder("NVIDIA H100 80GB HBM3") / "gla.json", {KERNEL: [entry()]})
+    search = "; first steps search for minutes (scripts/tune_kernels.py)"
+    none = "tuned kernels: none for NVIDIA_H100_80GB_HBM3"
+    assert use_tuned(cuda, tmp_path) == none + search
+    write_entries(tmp_path / "NVIDIA_H100_80GB_HBM3.json", {KERNEL: [entry()]})
     monkeypatch.setattr(tuned, "versions", lambda: {"fla": "0.6.0", "triton": "3.7.1"})
-    line = use_tuned(cuda, tmp_path)
-    assert "are of fla 0.6.0, triton 3.6.0, not fla 0.6.0, triton 3.7.1: the first step" in line
+    assert use_tuned(cuda, tmp_path) == (
+        "tuned kernels: those of fla 0.6.0, triton 3.6.0 do not hold for fla 0.6.0, triton 3.7.1"
+        + search
+    )
     monkeypatch.setenv("FLA_CACHE_MODE", "strict")
     assert use_tuned(cuda, tmp_path) == "tuned kernels: left to FLA_CACHE_MODE=strict"
+    monkeypatch.setitem(sys.modules, "fla", None)
+    line = use_tuned(cuda, tmp_path)
+    assert line == "tuned kernels: none, flash-linear-attention is not installed"
+    assert use_tuned(torch.device("cpu"), tmp_path) == ""
 
 
 def test_shipped_files():
     """Every file of tuned/ can be read, names kernels and keys that fla has, and complete ones."""
     pytest.importorskip("fla.ops")
-    for folder in ROOT.glob("tuned/*/"):
-        _, kernels = read_folder(folder)
+    for path in TUNED.glob("*.json"):
+        _, kernels = read_entries(path)
         for kernel, entries in kernels.items():
             autotuner = tuned.autotuners()[kernel]
+            tiles = [set(c.kwargs) for c in autotuner.configs]
             for e in entries:
-                assert set(e["key"]) <= set(autotuner.keys), kernel
                 assert list(e["key"]) == [n for n in autotuner.keys if n in e["key"]], kernel
-                assert e["config"].keys() == {"kwargs", "num_warps", "num_stages", "num_ctas"}
+                options = {"num_warps", "num_stages"}
+                assert options <= e["config"].keys(), kernel
+                assert e["config"].keys() - {*options, "num_ctas"} in tiles, kernel
+
+
+@pytest.fixture
+def tune(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
+    import tune_kernels
+
+    return tune_kernels
 
 
 @pytest.mark.parametrize(
@@ -167,20 +191,70 @@ def test_shipped_files():
         ("--jobs=1", "tuning needs a CUDA GPU, and there is none"),
     ],
 )
-def test_tune_refuses(argv, message, monkeypatch):
-    import importlib.util
-
-    spec = importlib.util.spec_from_file_location("tune", ROOT / "scripts" / "tune_kernels.py")
-    tune = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(tune)
+def test_tune_refuses(tune, argv, message, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(ValueError, match="^" + message):
         tune.parse([argv])
 
 
-def test_json_is_one_line_per_entry(tmp_path, installed):
-    path = tmp_path / "gla.json"
-    write_entries(path, {KERNEL: [entry(), entry(key_dim=128)]})
-    rows = [line for line in path.read_text().splitlines() if line.startswith('{"key"')]
-    assert len(rows) == 2
-    assert all(json.loads(row.rstrip(",")) for row in rows)
+BAD = ("fla.ops.simple.kernel_h", "BK: 64, num_warps: 1")
+
+
+def dies_of_bad(pipe, note_path):
+    """In place of tune_kernels.serve: runs two configurations, of which BAD ends the process."""
+    _, _, _, banned = pipe.recv()
+    for kernel, config in (("fla.ops.simple.kernel_o", "BK: 32"), BAD):
+        if (kernel, config) not in banned:
+            Path(note_path).write_text(json.dumps([kernel, config]))
+            if (kernel, config) == BAD:
+                os._exit(9)
+            Path(note_path).write_text("")
+    pipe.send((2, 1, "error 2e-3", None))
+
+
+def test_a_crash_bans_its_configuration(tune, tmp_path):
+    timers = (tune.Timer(str(tmp_path), i, dies_of_bad) for i in range(2))
+    assert tune.tune_safely("gla", 64, "unused", timers) == (
+        2, 1,
+        "error 2e-3; banned kernel_h (BK: 64, num_warps: 1): its process ended with code 9", True,
+    )  # fmt: skip
+
+
+class Failing:
+    """A timer whose configurations fail one after the other; `known` says whether it is told."""
+
+    def __init__(self, note, known):
+        self.note, self.known = note, known
+
+    def answer(self, task):
+        banned = task[3]
+        with pytest.raises(ZeroDivisionError), self.note.running("kernel", len(banned)):
+            raise ZeroDivisionError
+        if not self.known:
+            self.note.path.write_text("")
+        return 0, 0, "", "AcceleratorError: illegal memory access"
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_an_op_is_given_up(tune, tmp_path, known):
+    note = tune.Note(tmp_path / "note")
+    with note.running("kernel", "another"):
+        assert note.read() == ("kernel", "another")
+    assert note.read() is None
+    timers = iter([Failing(note, known)] * 99)
+    *_, remark, succeeded = tune.tune_safely("gla", 64, "unused", timers)
+    assert not succeeded
+    where = f" in kernel ({tune.MOST_BANNED})" if known else ""
+    assert remark.startswith(f"FAILED{where}: AcceleratorError: illegal memory access")
+    assert remark.count("banned") == (tune.MOST_BANNED if known else 0)
+
+
+def test_a_banned_configuration_is_not_tried(tune):
+    pytest.importorskip("fla.ops")
+    every = tune.allowed(KERNEL, 64, frozenset())
+    left = tune.allowed(KERNEL, 64, frozenset([(KERNEL, str(every[0])), ("other", str(every[1]))]))
+    assert left == every[1:]
+    texts = [str(c) for c in every]
+    assert len(tune.allowed(KERNEL, 64, frozenset((KERNEL, t) for t in texts[1:]))) == 2
+    with pytest.raises(ValueError, match=f"every configuration of {KERNEL} fails"):
+        tune.allowed(KERNEL, 64, frozenset((KERNEL, t) for t in texts))
