@@ -31,17 +31,23 @@ def for_decoding(model: Transformer, dtype: torch.dtype = torch.bfloat16) -> Tra
 
 class Decoder:
     """A model and the memory of a batch of sequences: `prefill` prompts, then `step` token by
-    token. On CUDA a step can be recorded once as a CUDA graph and replayed (`graph`): one launch
-    instead of hundreds, which is what decoding small models waits for.
+    token. A step of a small model is hundreds of launches that take longer than their work; two
+    things help. compiled: the blocks' steps go through torch.compile (some seconds once). graph: on
+    CUDA a step is recorded once as a CUDA graph and replayed, one launch.
 
-    capacity: tokens a sequence can have; needed with `graph`, where it is the limit and every step
-    reads that much of the keys and values of softmax layers.
+    capacity: tokens a sequence can have. Both need it: it is the limit then, and every step reads
+    that much of the keys and values of softmax layers.
     """
 
-    def __init__(self, model: Transformer, capacity: int = 0, *, graph: bool = False):
-        assert capacity or not graph
-        self.model, self.cache = model, model.new_cache(capacity, static=graph)
+    def __init__(
+        self, model: Transformer, capacity: int = 0, *, graph: bool = False, compiled: bool = False
+    ):
+        static = graph or compiled
+        assert capacity or not static
+        self.model, self.cache = model, model.new_cache(capacity, static=static)
         self.use_graph, self.graph = graph, None
+        # Lengths differ every step: without a static cache blocks would compile again and again.
+        self.stance = "default" if compiled else "force_eager"
         self.tokens: Tensor | None = None  # what the graph reads [B, 1]
         self.logits: Tensor | None = None  # and writes [B, V]
 
@@ -71,29 +77,30 @@ class Decoder:
     def step(self, tokens: Tensor) -> Tensor:
         """Add one token to every sequence, [B] int64 on the model's device; returns the logits of
         the next [B, V] (of a graph: valid until the next step)."""
-        # Lengths differ every step: compiled blocks would compile again and again.
-        with torch.compiler.set_stance("force_eager"):
-            if not self.use_graph:
-                return self.head(self.model(tokens[:, None], cache=self.cache)[:, -1])
-            if self.graph is None:
-                return self._record(tokens)
-        self.tokens.copy_(tokens[:, None])
-        self.graph.replay()
-        self.cache.longest += 1
-        return self.logits
+        if self.graph is not None:
+            assert self.cache.longest < self.cache.capacity, "the static cache is full"
+            self.tokens.copy_(tokens[:, None])
+            self.graph.replay()
+            self.cache.longest += 1
+            return self.logits
+        with torch.compiler.set_stance(self.stance):
+            logits = self._forward(tokens[:, None])
+            if self.use_graph:
+                self._record(tokens)
+        return logits
 
-    def _record(self, tokens: Tensor) -> Tensor:
-        """The first step runs by itself, which also lets libraries set themselves up; then it is
-        recorded. Recording computes nothing, so what it would have added is not counted."""
-        logits = self.head(self.model(tokens[:, None], cache=self.cache)[:, -1])
+    def _forward(self, tokens: Tensor) -> Tensor:
+        return self.head(self.model(tokens, cache=self.cache)[:, -1])
+
+    def _record(self, tokens: Tensor) -> None:
+        """Record a step, after a first one that ran by itself and let libraries set themselves up.
+        Recording computes nothing, so what it would have added is not counted."""
         self.tokens, longest = tokens[:, None].clone(), self.cache.longest
         torch.cuda.synchronize()
         self.graph = torch.cuda.CUDAGraph()
-        # Autocast keeps casts of the weights: those made here would live in the graph's memory.
         with torch.cuda.graph(self.graph):
-            self.logits = self.head(self.model(self.tokens, cache=self.cache)[:, -1])
+            self.logits = self._forward(self.tokens)
         self.cache.longest = longest
-        return logits
 
 
 @torch.inference_mode()

@@ -147,7 +147,8 @@ class LayerCache:
         row = torch.arange(k.shape[0], device=k.device)[:, None]
         past, where = seq.past[:, None], seq.positions  # [B, 1], [B, T]
         if not window:
-            self._reserve(seq.held + new)
+            if not self.static:
+                self._reserve(seq.held + new)
             for buffer, fresh in ((self.k, k), (self.v, v)):
                 buffer[row, :, where] = fresh.transpose(1, 2)
             end = self.k.shape[2] if self.static else seq.held + new
@@ -169,11 +170,9 @@ class LayerCache:
         return keys.transpose(1, 2), values.transpose(1, 2), mask
 
     def _reserve(self, needed: int) -> None:
-        if needed <= self.k.shape[2]:
-            return
-        assert not self.static, f"{needed} tokens found, a cache of {self.k.shape[2]} expected"
         more = (1 << (needed - 1).bit_length()) - self.k.shape[2]
-        self.k, self.v = F.pad(self.k, (0, 0, 0, more)), F.pad(self.v, (0, 0, 0, more))
+        if needed > self.k.shape[2]:
+            self.k, self.v = F.pad(self.k, (0, 0, 0, more)), F.pad(self.v, (0, 0, 0, more))
 
 
 class Cache:
@@ -185,6 +184,7 @@ class Cache:
 
     def __init__(self, num_layers: int, capacity: int = 0, static: bool = False):
         self.layers = [LayerCache(capacity, static) for _ in range(num_layers)]
+        self.capacity, self.static = capacity, static
         self.lengths: Tensor | None = None  # [B] int64, tokens seen
         self.longest, self.even = 0, True  # an upper bound of them; whether they are all equal
 
@@ -196,6 +196,8 @@ class Cache:
         if self.lengths is not None:
             self.lengths += length
             self.longest += length
+            room = self.capacity if self.static else self.longest
+            assert self.longest <= room, f"{self.longest} tokens in a static cache of {room}"
         elif cu_seqlens is None:
             self.lengths = torch.full((batch,), length, device=device)
             self.longest = length

@@ -152,7 +152,9 @@ class Transformer(nn.Module):
                 time = torch.arange(length, device=device)
                 doc = torch.searchsorted(cu_seqlens, time, right=True)
                 mask = doc[:, None] == doc[None]
-        held, even = (0, True) if past is None else (cache.longest, cache.even)
+        held, even = 0, True
+        if past is not None and not cache.static:  # a graph is the same for all lengths
+            held, even = cache.longest, cache.even
         return SeqInfo(
             positions, cos, sin, cu_seqlens, max_seqlen or length, lengths, mask, rows, past, held,
             even,

@@ -31,6 +31,7 @@ from trainer import (
     set_up_torch,
     train_stage,
     use_kernels,
+    warm_up,
 )
 
 
@@ -79,6 +80,7 @@ def pretrain(cfg: PretrainConfig, argv: list[str]) -> None:
     world = this_process(cfg.device)
     kernels = resolve_kernels(config, cfg.kernel, world.device, cfg.dtype)
     open_data(cfg, tokenizer)
+    warm_up(config, kernels, cfg, world)
     start(world)
     dtype = set_up_torch(cfg, world)
     data, train_data, val_data = main_first(world, lambda: open_data(cfg, tokenizer, build=True))

@@ -56,6 +56,7 @@ from trainer import (
     set_up_torch,
     train_stage,
     use_kernels,
+    warm_up,
 )
 
 
@@ -225,6 +226,7 @@ def distil(cfg: DistillConfig, argv: list[str]) -> None:
     kernels = resolve_kernels(shape, cfg.kernel, world.device, cfg.dtype)
     plans = [plan_stage(cfg, n, getattr(cfg, n), world, i) for i, n in enumerate(names)]
     open_data(cfg, tokenizer)
+    warm_up(shape, kernels, cfg, world)
     start(world)
     dtype = set_up_torch(cfg, world)
     data, train_data, val_data = main_first(world, lambda: open_data(cfg, tokenizer, build=True))

@@ -24,15 +24,16 @@ import yaml
 
 import checkpoint
 from cli import to_dict
-from config import StageConfig, TrainConfig, UserError
+from config import ModelConfig, StageConfig, TrainConfig, UserError
 from corpus import resolve_data
 from data import PackedLoader, TokenDataset, permuted_index
 from distributed import World, all_sum, barrier, main_says
 from flops import flops_per_token, matmul_params, mfu, model_flops_per_token, peak_flops
-from hybrid_layers import set_kernels
+from hybrid_layers import MIXERS, set_kernels
 from layers import sdpa_priority
 from metrics import MetricsLogger, StepTimer, memory_gib
 from model import Transformer
+from ops import warm
 from ops.tuned import use_tuned
 from optimizer import OptimizerSet, build_optimizer, lr_factor
 
@@ -115,6 +116,25 @@ def use_kernels(model: Transformer, kernels: dict[str, str], device: torch.devic
     each = ", ".join(f"{mixer} {kernel}" for mixer, kernel in kernels.items())
     line = f"linear kernel: {each or 'none'}"
     return f"{line}; {use_tuned(device)}" if "fla" in kernels.values() else line
+
+
+def warm_up(config: ModelConfig, kernels: dict[str, str], cfg: TrainConfig, world: World) -> None:
+    """Start compiling in the background what the first step will need: fla's kernels, and the
+    workers of torch.compile."""
+    if cfg.dry_run or world.device.type != "cuda" or world.device.index:
+        return
+    shapes = {}
+    for name, kernel in kernels.items():
+        if kernel == "fla":
+            mixer = MIXERS[name]
+            op = mixer.fla_op if name != "linear_attention" else "linear_attention without g"
+            sizes = mixer.state_key_dim(config), config.linear_value_head_dim
+            shapes[op] = (config.linear_num_value_heads, *sizes)
+    warm.start(shapes)
+    if compile_wanted(cfg, world):
+        from torch._inductor.async_compile import AsyncCompile
+
+        AsyncCompile.warm_pool()
 
 
 def run_folder(cfg: TrainConfig, script: str) -> Path:

@@ -5,8 +5,9 @@ r"""Decoding a hybrid against its softmax teacher: tokens/s and memory over the 
     python benchmarks/decode.py --device cpu --shape tiny --contexts 256,1024 --batch 2 --steps 4
 
 Teacher and hybrid hold the same context in every sequence (one prompt is read, then copied), and
-take one token more for each, as a CUDA graph on a GPU. Weights are random unless --teacher names a
-folder: speed does not depend on them. Memory: what the caches hold, and the process's peak.
+take one token more for each, compiled and recorded as a CUDA graph on a GPU. Weights are random
+unless --teacher names a folder: speed does not depend on them. Memory: what the caches hold, and
+the process's peak.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.mixers import about, label, plot
 from config import ModelConfig, parse_layers
+from distributed import compile_blocks
 from generate import Decoder, for_decoding
 from hf import load_model
 from hybrid_layers import convert_layers, resolve_kernels, set_kernels
@@ -69,7 +71,7 @@ def measure(model: Transformer, context: int, args) -> dict:
     cuda, device = args.device == "cuda", torch.device(args.device)
     if cuda:
         torch.cuda.reset_peak_memory_stats()
-    decoder = Decoder(model, context + args.steps + 8, graph=cuda)
+    decoder = Decoder(model, context + args.steps + 8, graph=cuda, compiled=args.compile)
     generator = torch.Generator().manual_seed(0)
     prompt = torch.randint(model.config.vocab_size, (context,), generator=generator).tolist()
     with torch.autocast(args.device, torch.bfloat16, enabled=cuda), sdpa_priority(device):
@@ -104,6 +106,8 @@ def run(args) -> dict:
         model.to(args.device)
         if args.device == "cuda":
             for_decoding(model)
+        if args.compile:
+            compile_blocks(model)
         weights = sum(p.numel() * p.element_size() for p in model.parameters())
         for context in args.contexts:
             row = {"model": name, "context": context, "weight_bytes": weights}
@@ -151,7 +155,9 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--contexts", default="1024,8192,32768,65536", help="tokens")
     parser.add_argument("--batch", type=int, default=8, help="sequences decoded together")
     parser.add_argument("--steps", type=int, default=20, help="timed tokens; the median counts")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    cuda = torch.cuda.is_available()
+    parser.add_argument("--device", default="cuda" if cuda else "cpu")
+    parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=cuda)
     parser.add_argument("--json", default="", help="write the numbers here, row by row")
     parser.add_argument("--read", default="", help="show these numbers instead of measuring")
     parser.add_argument("--plot", default="", help="PNG to draw")

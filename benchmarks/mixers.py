@@ -7,9 +7,9 @@ r"""Every linear mixer and softmax attention: training and decoding speed, state
 
 One attention layer, projections and convolutions included. Training: forward and backward of
 `--tokens` tokens in bfloat16, packed documents of the context's length, compiled as in a run.
-Decoding: one token for each of `--batch` sequences that hold the context, as a CUDA graph. The
-state is what the layer keeps of one sequence. Peak memory is that of forward and backward beyond
-weights and input. All in one process, softmax first; nothing is asserted.
+Decoding: one token for each of `--batch` sequences that hold the context, compiled and recorded as
+a CUDA graph. The state is what the layer keeps of one sequence. Peak memory is that of forward and
+backward beyond weights and input. All in one process, softmax first; nothing is asserted.
 """
 
 from __future__ import annotations
@@ -122,6 +122,8 @@ def decode_speed(model: Transformer, context: int, args) -> dict:
     block, cuda = for_decoding(copy.deepcopy(model), dtype).layers[0], args.device == "cuda"
     cache = model.new_cache(context + 8, static=True)
     x = torch.randn(1, context, args.hidden_size, device=args.device, dtype=dtype)
+    if args.compile:
+        block.attention.compile()
     where = torch.device(args.device)
     with amp(args), sdpa_priority(where), torch.compiler.set_stance("force_eager"):
         block.attention(x, model.seq_info(context, cache=cache, dtype=dtype), cache[0])
@@ -131,7 +133,7 @@ def decode_speed(model: Transformer, context: int, args) -> dict:
     token = torch.randn(args.batch, 1, args.hidden_size, device=args.device, dtype=dtype)
 
     def step():
-        with amp(args), torch.compiler.set_stance("force_eager"):
+        with amp(args):
             return block.attention(token, model.seq_info(1, cache=cache, dtype=dtype), cache[0])
 
     step()
@@ -181,9 +183,8 @@ def measure(args) -> dict:
 
 def about(args, script: str = "mixers") -> dict:
     """Where and how it was measured."""
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short=12", "HEAD"], cwd=ROOT, capture_output=True, text=True
-    ).stdout.strip()
+    describe = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
+    commit = subprocess.run(describe, cwd=ROOT, capture_output=True, text=True).stdout.strip()
     device = torch.cuda.get_device_name() if args.device == "cuda" else "CPU"
     skip = ("json", "read", "plot", "device")
     return {

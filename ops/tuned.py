@@ -8,7 +8,8 @@ FLA_CONFIG_DIR covers only half of the kernels used here, mixes kernels of the s
 misses for another number of heads or matches any head size; if FLA_CACHE_MODE is set, it decides.)
 An entry is used where everything in its key is the same but batch, heads and packing, which do not
 change the code that is generated: so one entry per head size serves any model, and never a larger
-tile than was tuned. Other versions of Triton or fla get none: a configuration can be wrong there.
+tile than was tuned. Another 0.x of fla gets none: its kernels may be others. GPUs of the same chip
+share a file until they have their own.
 Check: `pytest tests/ops/test_tuned.py`.
 
 The file: {"versions": {...}, "kernels": {kernel: [entry, ...]}}, one line per entry, sorted, so
@@ -32,6 +33,8 @@ from typing import Any
 import torch
 
 TUNED = Path(__file__).resolve().parents[1] / "tuned"
+# Hopper parts: the same compute capability and shared memory as the one that was tuned.
+SAME_CHIP = dict.fromkeys(("H100", "H200", "GH200", "H800"), "NVIDIA_H100_80GB_HBM3")
 # The parts of a key that may differ between an entry and a call.
 FREE = frozenset(("B", "H", "HQ", "HV", "IS_VARLEN"))
 OPTIONS = ("num_warps", "num_stages", "num_ctas")  # of a configuration; the rest is the tile
@@ -44,7 +47,7 @@ def file_of(gpu: str, root: Path | str = TUNED) -> Path:
 
 def versions() -> dict[str, str]:
     """What a configuration holds for: fla and Triton, without local suffixes."""
-    names = {"fla": "flash-linear-attention", "triton": "triton"}
+    names = {"fla": "fla-core", "triton": "triton"}
     return {n: importlib.metadata.version(p).split("+")[0] for n, p in names.items()}
 
 
@@ -168,12 +171,16 @@ def use_tuned(device: torch.device, root: Path | str = TUNED) -> str:
         return "tuned kernels: none, flash-linear-attention is not installed"
     if "FLA_CACHE_MODE" in os.environ:
         return f"tuned kernels: left to FLA_CACHE_MODE={os.environ['FLA_CACHE_MODE']}"
-    path = file_of(torch.cuda.get_device_name(device), root)
+    gpu = torch.cuda.get_device_name(device)
+    path = file_of(gpu, root)
+    if not path.exists():
+        chip = next((file for part, file in SAME_CHIP.items() if part in gpu), path.stem)
+        path = path.with_name(f"{chip}.json")
     made, kernels = read_entries(path)
     search = "first steps search for minutes (scripts/tune_kernels.py)"
     if not kernels:
-        return f"tuned kernels: none for {path.stem}; {search}"
-    if made != versions():
+        return f"tuned kernels: none for {gpu}; {search}"
+    if _minor(made) != _minor(versions()):
         return f"tuned kernels: those of {_say(made)} do not hold for {_say(versions())}; {search}"
     import_ops()
     for kernel, autotuner in autotuners().items():
@@ -192,6 +199,11 @@ def import_ops() -> None:
     finally:
         for name in optional:
             del sys.modules[name]
+
+
+def _minor(found: dict[str, str]) -> list[str]:
+    """fla's version as far as its kernels' arguments go."""
+    return found["fla"].split(".")[:2]
 
 
 def _say(found: dict[str, str]) -> str:

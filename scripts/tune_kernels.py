@@ -349,22 +349,22 @@ def entries_of(found: dict, times: dict) -> dict[str, list[dict]]:
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--head_dims", default="64,128", help="head sizes")
-    parser.add_argument("--ops", default="all", help="all, or names: " + ",".join(fla_kernels.OPS))
+    parser.add_argument("--ops", default="all", help="all, or names: " + ",".join(VARIANTS))
     parser.add_argument("--jobs", type=int, default=max(1, (os.cpu_count() or 2) - 1))
     parser.add_argument("--out", default=str(TUNED), help="folder that holds one file per GPU")
     args = parser.parse_args(argv)
     names = list(fla_kernels.OPS) if args.ops == "all" else args.ops.split(",")
     for name in names:
-        if name not in fla_kernels.OPS:
-            raise UserError(f"--ops: {name!r} found, some of {', '.join(fla_kernels.OPS)} expected")
+        if name not in VARIANTS:
+            raise UserError(f"--ops: {name!r} found, some of {', '.join(VARIANTS)} expected")
     if not args.head_dims.replace(",", "").isdigit():
         raise UserError(f"--head_dims: {args.head_dims!r} found, numbers like 64,128 expected")
     args.head_dims = [int(size) for size in args.head_dims.split(",")]
     for name in names:
         for size in args.head_dims:
-            if reason := fla_kernels.check_head_size(name, size, size):
+            if reason := fla_kernels.check_head_size(op_of(name), size, size):
                 raise UserError(f"--head_dims: {reason}")
-    args.variants = [v for v in VARIANTS if op_of(v) in names]
+    args.variants = [v for v in VARIANTS if v in names or op_of(v) in names]
     if not torch.cuda.is_available():
         raise UserError("tuning needs a CUDA GPU, and there is none")
     return args

@@ -220,6 +220,7 @@ def test_a_run_is_never_overwritten(refused, tiny_data, tmp_path):
 
 def test_only_rank_zero_speaks(monkeypatch, capsys):
     monkeypatch.setenv("RANK", "1")
+    monkeypatch.setattr(cli.time, "sleep", lambda seconds: None)
     with pytest.raises(SystemExit) as stop:
         call_script("train_kd", "--layer=3")
     assert stop.value.code == 2 and capsys.readouterr().err == ""

@@ -6,12 +6,13 @@ import sys
 
 import pytest
 import torch
-from kit import logits, random_ids, tiny_model
+from kit import assert_close_rms, logits, random_ids, tiny_model
 
 import generate as script
 from config import UserError
-from generate import generate, generate_batch, pick
+from generate import Decoder, generate, generate_batch, pick
 from hf import save_model
+from hybrid_layers import MIXERS
 
 
 @pytest.mark.parametrize("kinds", ["LFS", "LL", "F"])
@@ -44,6 +45,28 @@ def test_prompts_of_different_length_are_each_alone():
     cut = [a[: a.index(eos) + 1] if eos in a else a for a in alone]
     assert generate_batch(model, prompts, 12, eos=eos) == cut
     assert len({len(a) for a in cut}) > 1
+
+
+@pytest.mark.parametrize("name", MIXERS)
+def test_a_compiled_step_is_traced_once(name):
+    """And computes the same. aot_eager: the graphs without generated code."""
+    if name == "sliding_window":
+        model = tiny_model("SF")
+    else:
+        model = tiny_model("LF", mixer=[name], linear_window=5)
+    prompts = [random_ids(model, n, seed=n).tolist() for n in (9, 1, 4)]
+    plain, compiled = Decoder(model), Decoder(model, 40, compiled=True)
+    assert_close_rms(compiled.prefill(prompts), plain.prefill(prompts))
+    for block in model.layers:
+        block.compile(backend="aot_eager")
+    steps = [torch.tensor([i, 20 + i, 40 + i]) for i in range(8)]
+    expected = [plain.step(tokens) for tokens in steps]
+    actual = [compiled.step(tokens) for tokens in steps[:2]]
+    compiled.stance = "fail_on_recompile"
+    actual += [compiled.step(tokens).clone() for tokens in steps[2:]]
+    for a, b in zip(actual, expected, strict=True):
+        assert_close_rms(a, b, 1e-6)
+    torch.compiler.reset()
 
 
 def test_stops_after_eos():

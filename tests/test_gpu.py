@@ -35,7 +35,7 @@ def hybrid(**changes) -> Transformer:
     torch.manual_seed(3)
     model = Transformer(ModelConfig(**{**fields, **changes}))
     model.init_weights()
-    set_kernels(model, {"gated_deltanet": "chunk"})
+    set_kernels(model, dict.fromkeys(MIXERS, "chunk"))
     return model
 
 

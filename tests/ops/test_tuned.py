@@ -143,12 +143,17 @@ def test_an_autotuner_asks_no_more(tmp_path, installed):
 def test_other_answers(tmp_path, installed, monkeypatch):
     cuda = torch.device("cuda")
     search = "; first steps search for minutes (scripts/tune_kernels.py)"
-    none = "tuned kernels: none for NVIDIA_H100_80GB_HBM3"
+    none = "tuned kernels: none for NVIDIA H100 80GB HBM3"
     assert use_tuned(cuda, tmp_path) == none + search
     write_entries(tmp_path / "NVIDIA_H100_80GB_HBM3.json", {KERNEL: [entry()]})
-    monkeypatch.setattr(tuned, "versions", lambda: {"fla": "0.6.0", "triton": "3.7.1"})
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H200")
+    line = "tuned kernels: NVIDIA_H100_80GB_HBM3, fla 0.6.0, triton 3.6.0"
+    assert use_tuned(cuda, tmp_path) == line  # the same chip
+    monkeypatch.setattr(tuned, "versions", lambda: {"fla": "0.6.3", "triton": "3.7.1"})
+    assert use_tuned(cuda, tmp_path) == line
+    monkeypatch.setattr(tuned, "versions", lambda: {"fla": "0.7.0", "triton": "3.7.1"})
     assert use_tuned(cuda, tmp_path) == (
-        "tuned kernels: those of fla 0.6.0, triton 3.6.0 do not hold for fla 0.6.0, triton 3.7.1"
+        "tuned kernels: those of fla 0.6.0, triton 3.6.0 do not hold for fla 0.7.0, triton 3.7.1"
         + search
     )
     monkeypatch.setenv("FLA_CACHE_MODE", "strict")

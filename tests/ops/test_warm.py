@@ -1,0 +1,34 @@
+"""The background compilation calls the kernels as training does, and never stops a run."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from ops import fla_kernels, fla_reference, warm
+
+
+@pytest.mark.parametrize("op", fla_reference.VARIANTS)
+def test_calls_every_op_forward_and_backward(op, monkeypatch):
+    """With float64 loops in the place of the kernels."""
+    seen = []
+
+    def loops(*tensors, scale, initial_state, output_final_state, cu_seqlens):
+        name = fla_reference.op_of(op)
+        x = dict(zip(fla_kernels.OPS[name].inputs.replace("?", "").split(), tensors, strict=True))
+        assert initial_state is None and not output_final_state
+        seen.extend(t for t in tensors if t is not None)
+        assert x["v"].dtype == torch.bfloat16 and x["v"].shape == (1, 128, 3, 32)
+        double = {n: None if t is None else t.double() for n, t in x.items()}
+        o, _ = fla_reference.naive(name, double, scale=scale, bounds=cu_seqlens.tolist())
+        return o.to(x["v"].dtype), None
+
+    monkeypatch.setattr(fla_kernels, fla_reference.op_of(op), loops)
+    warm.compile_op(op, 3, 16, 32, torch.device("cpu"))
+    assert seen and all(t.grad is not None for t in seen)
+
+
+def test_a_failing_process_is_no_failure_of_the_run():
+    """There is no GPU here, or no such op: it ends with an error, and nothing is printed."""
+    (process,) = warm.start({"no_such_op": (1, 16, 16)})
+    assert process.wait(timeout=60) != 0
