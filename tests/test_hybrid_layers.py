@@ -6,7 +6,7 @@ import dataclasses
 
 import pytest
 import torch
-from kit import assert_close_rms, logits, random_ids, tiny_model
+from kit import assert_close_rms, logits, random_ids, tiny_config, tiny_model
 
 from config import UserError
 from hybrid_layers import (
@@ -17,7 +17,9 @@ from hybrid_layers import (
     convert_layers,
     mixer_names,
     mixer_parameters,
+    resolve_kernels,
 )
+from ops import kernels
 
 TEACHERS = {
     "llama": {"qk_norm": False},
@@ -236,3 +238,61 @@ def test_bias_on_o_proj_is_refused():
     teacher = make_teacher("FF", attention_bias=True, attention_output_bias=True)
     with pytest.raises(UserError, match="o_proj"):
         convert_layers(teacher, [1])
+
+
+# ---- kernels
+
+
+@pytest.mark.parametrize(
+    ("mixer", "sizes", "kernel", "dtype", "found"),
+    [
+        ("gated_deltanet", {}, "auto", "auto", "fla"),
+        ("hedgehog_window", {}, "auto", "auto", "chunk"),
+        ("hedgehog_window", {}, "fla", "auto", "fla found, but there is none for hedgehog_window"),
+        ("gla", {"linear_key_head_dim": 24}, "auto", "auto", "chunk"),
+        (
+            "gla",
+            {"linear_key_head_dim": 24},
+            "fla",
+            "auto",
+            "a key size in multiples of 16, not 24",
+        ),
+        ("kda", {"linear_key_head_dim": 512}, "fla", "auto", "at most 256, not 512"),
+        ("linear_attention", {"linear_key_head_dim": 256}, "auto", "auto", "fla"),
+        ("deltanet", {}, "auto", "float32", "chunk"),
+        ("deltanet", {}, "fla", "float32", "takes bfloat16, not float32"),
+        ("rwkv7", {}, "naive", "auto", "naive"),
+        ("mamba2", {}, "mamba_ssm", "auto", "needs CUDA .* and the package mamba-ssm"),
+        ("gla", {}, "mamba_ssm", "auto", "needs CUDA"),
+    ],
+)
+def test_kernels_on_a_gpu_with_fla(mixer, sizes, kernel, dtype, found, monkeypatch):
+    """Every refusal is one line that names the flag; under auto our own form runs instead."""
+    monkeypatch.setitem(kernels.PACKAGES, "fla", ("flash-linear-attention", lambda: True))
+    monkeypatch.setitem(kernels.PACKAGES, "mamba_ssm", ("mamba-ssm", lambda: False))
+    shape = {"head_dim": 64, "linear_key_head_dim": 64, "linear_value_head_dim": 64, **sizes}
+    config = tiny_config("FLL", mixer=[mixer] * 2, **shape)
+    if found in ("fla", "chunk", "naive"):
+        assert resolve_kernels(config, kernel, torch.device("cuda"), dtype) == {mixer: found}
+        return
+    with pytest.raises(UserError, match=found) as error:
+        resolve_kernels(config, kernel, torch.device("cuda"), dtype)
+    assert str(error.value).startswith("--kernel: ") and "\n" not in str(error.value)
+
+
+def test_kernels_without_a_gpu():
+    config = tiny_config("LL", mixer=["rwkv6", "gla"])
+    assert resolve_kernels(config, "auto", torch.device("cpu")) == {
+        "rwkv6": "chunk",
+        "gla": "chunk",
+    }
+    with pytest.raises(UserError, match="--kernel: fla found, but it needs CUDA"):
+        resolve_kernels(config, "fla", torch.device("cpu"))
+
+
+def test_hedgehog_features_double_the_key_size():
+    config = tiny_config(
+        "L", mixer=["linear_attention"], linear_feature_map="hedgehog", linear_key_head_dim=256,
+        linear_value_head_dim=64,
+    )  # fmt: skip
+    assert MIXERS["linear_attention"].state_key_dim(config) == 512
