@@ -13,6 +13,7 @@ float64 for float64 inputs. Log decays are <= 0.
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Callable
 
@@ -35,17 +36,6 @@ def zero_state(k: Tensor, v: Tensor) -> Tensor:
     """[B, H, K, V] zeros for k [B, ..., H, K] and v [B, ..., H, V]."""
     shape = (k.shape[0], k.shape[-2], k.shape[-1], v.shape[-1])
     return torch.zeros(shape, dtype=state_dtype(v), device=v.device)
-
-
-def run_steps(
-    step: Callable, inputs: tuple[Tensor, ...], state: State, **options
-) -> tuple[Tensor, State]:
-    """The recurrence one token at a time: inputs [B, T, ...] -> o [B, T, H, V], last state."""
-    outs = []
-    for t in range(inputs[0].shape[1]):
-        o, state = step(*(x[:, t] for x in inputs), initial_state=state, **options)
-        outs.append(o)
-    return torch.stack(outs, 1), state
 
 
 def per_document(
@@ -79,6 +69,31 @@ def per_document(
     if isinstance(empty_state, tuple):
         return torch.cat(outs, 1), tuple(map(torch.cat, zip(*finals, strict=True)))
     return torch.cat(outs, 1), torch.cat(finals)
+
+
+def by_steps(
+    step: Callable,
+    inputs: tuple[Tensor | None, ...],
+    empty_state: State,
+    initial_state: State | None,
+    output_final_state: bool,
+    cu_seqlens: Tensor | None,
+    **options,
+) -> tuple[Tensor, State | None]:
+    """The body of every naive form: the recurrence one token at a time, document by document.
+    inputs [B, T, ...] -> o [B, T, H, V] and, if wanted, the last state."""
+
+    def run(*inputs, initial_state, output_final_state):
+        state, outs = empty_state if initial_state is None else initial_state, []
+        for t in range(inputs[0].shape[1]):
+            token = (None if x is None else x[:, t] for x in inputs)
+            o, state = step(*token, initial_state=state, **options)
+            outs.append(o)
+        return torch.stack(outs, 1), (state if output_final_state else None)
+
+    if cu_seqlens is None:
+        return run(*inputs, initial_state=initial_state, output_final_state=output_final_state)
+    return per_document(run, inputs, cu_seqlens, initial_state, output_final_state, empty_state)
 
 
 class Chunks:
@@ -178,15 +193,47 @@ def linear_chunks(
     k: Tensor,
     v: Tensor,
     g: Tensor | None,
-    chunks: Chunks,
-    initial_state: Tensor | None,
     *,
+    scale: float | None,
+    initial_state: Tensor | None,
+    output_final_state: bool,
+    cu_seqlens: Tensor | None,
+    rows: int,
+    chunk_size: int,
+    bonus: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """S_t = exp(g_t) S_{t-1} + k_t v_t^T, o_t = scale S_t^T q_t, in matrix products. Tensors
+    [B, T, H, *]; g [B, T, H], [B, T, H, K] or None. With `bonus` u [H, K] (RWKV-6) the token itself
+    counts with diag(u) instead of one, undecayed: o_t = scale (S_{t-1} + diag(u) k_t v_t^T)^T q_t.
+
+    Masks keep the documents of a packed row apart, so they cost nothing extra; only states per
+    document (`initial_state` or `output_final_state` with `cu_seqlens`) run one by one. rows: see
+    `Chunks`. Returns o in v's shape and type, and the last state if wanted.
+    """
+    if cu_seqlens is not None and (initial_state is not None or output_final_state):
+        alone = functools.partial(
+            linear_chunks, scale=scale, cu_seqlens=None, rows=1, chunk_size=chunk_size, bonus=bonus
+        )
+        return per_document(
+            alone, (q, k, v, g), cu_seqlens, initial_state, output_final_state, zero_state(k, v)
+        )
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    with torch.autocast(q.device.type, enabled=False):  # the state needs float32
+        chunks = Chunks(v, chunk_size, cu_seqlens, rows)
+        o, state = linear_within(chunks, q.to(chunks.dtype) * scale, k, v, g, initial_state, bonus)
+    return o, (state if output_final_state else None)
+
+
+def linear_within(
+    chunks: Chunks,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor | None,
+    initial_state: Tensor | None,
     bonus: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """S_t = exp(g_t) S_{t-1} + k_t v_t^T, o_t = S_t^T q_t. Tensors [B, T, H, *], q scaled already;
-    g [B, T, H], [B, T, H, K] or None. With `bonus` u [H, K] (RWKV-6) the token itself counts with
-    diag(u) instead of one, undecayed: o_t = (S_{t-1} + diag(u) k_t v_t^T)^T q_t.
-    Returns o in v's shape and the last state."""
+    """`linear_chunks` within given chunks, q scaled already; returns the last state too."""
     q, k, v = chunks.cut(q), chunks.cut(k), chunks.cut(v)
     step = torch.zeros_like(q[..., :1]) if g is None else chunks.cut(g)
     total = step.cumsum(-2)
@@ -242,15 +289,45 @@ def delta_chunks(
     v: Tensor,
     g: Tensor | None,
     beta: Tensor,
-    chunks: Chunks,
+    *,
+    scale: float | None,
     initial_state: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    """S_t = D_t S_{t-1} + k_t (beta_t (v_t - (D_t S_{t-1})^T k_t))^T, o_t = S_t^T q_t, D_t =
-    exp(g_t). Tensors [B, T, H, *], q scaled already; g [B, T, H], [B, T, H, K] or None.
+    output_final_state: bool,
+    cu_seqlens: Tensor | None,
+    rows: int,
+    chunk_size: int,
+) -> tuple[Tensor, Tensor | None]:
+    """S_t = D_t S_{t-1} + k_t (beta_t (v_t - (D_t S_{t-1})^T k_t))^T, o_t = scale S_t^T q_t, D_t =
+    exp(g_t). Tensors [B, T, H, *]; g [B, T, H], [B, T, H, K] or None.
 
     The corrected values of a chunk solve a unit-triangular system (WY representation, Yang et al.
-    2024, arXiv 2406.06484, section 3). Returns o in v's shape and the last state.
+    2024, arXiv 2406.06484, section 3); Python loops over chunks only. Documents, states and rows as
+    in `linear_chunks`.
     """
+    if cu_seqlens is not None and (initial_state is not None or output_final_state):
+        alone = functools.partial(
+            delta_chunks, scale=scale, cu_seqlens=None, rows=1, chunk_size=chunk_size
+        )
+        inputs = (q, k, v, g, beta)
+        return per_document(
+            alone, inputs, cu_seqlens, initial_state, output_final_state, zero_state(k, v)
+        )
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    with torch.autocast(q.device.type, enabled=False):  # the solve and the state need float32
+        chunks = Chunks(v, chunk_size, cu_seqlens, rows)
+        o, state = _delta(chunks, q.to(chunks.dtype) * scale, k, v, g, beta, initial_state)
+    return o, (state if output_final_state else None)
+
+
+def _delta(
+    chunks: Chunks,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor | None,
+    beta: Tensor,
+    initial_state: Tensor | None,
+) -> tuple[Tensor, Tensor]:
     q, k, v, beta = chunks.cut(q), chunks.cut(k), chunks.cut(v), chunks.cut(beta)
     step = torch.zeros_like(beta) if g is None else chunks.cut(g)
     total = step.cumsum(-2)

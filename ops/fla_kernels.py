@@ -446,7 +446,7 @@ def gla(
 
 
 def linear_attention(
-    q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, *, scale: float | None = None,
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor | None = None, *, scale: float | None = None,
     initial_state: Tensor | None = None, output_final_state: bool = False,
     cu_seqlens: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip

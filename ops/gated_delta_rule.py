@@ -19,7 +19,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ops.chunked import CHUNK, Chunks, delta_chunks, per_document, run_steps, zero_state
+from ops import fla_kernels
+from ops.chunked import CHUNK, by_steps, delta_chunks, zero_state
 
 
 def naive_gated_delta_rule(
@@ -35,15 +36,10 @@ def naive_gated_delta_rule(
     cu_seqlens: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """The recurrence as written, one step at a time. Returns o [B, T, H, V] and the last state."""
-    empty = zero_state(k, v)
-    if cu_seqlens is not None:
-        return per_document(
-            naive_gated_delta_rule, (q, k, v, g, beta), cu_seqlens, initial_state,
-            output_final_state, empty, scale=scale,
-        )  # fmt: skip
-    state = empty if initial_state is None else initial_state
-    o, state = run_steps(step_gated_delta_rule, (q, k, v, g, beta), state, scale=scale)
-    return o, (state if output_final_state else None)
+    return by_steps(
+        step_gated_delta_rule, (q, k, v, g, beta), zero_state(k, v), initial_state,
+        output_final_state, cu_seqlens, scale=scale,
+    )  # fmt: skip
 
 
 def step_gated_delta_rule(
@@ -82,51 +78,18 @@ def chunk_gated_delta_rule(
     rows: int = 1,
     chunk_size: int = CHUNK,
 ) -> tuple[Tensor, Tensor | None]:
-    """The recurrence in chunks of `chunk_size` tokens: matrix products and one unit-triangular
-    solve per chunk; Python loops over chunks only. Any T. Returns o [B, T, H, V], last state.
-
-    Documents of a packed row are kept apart by masks, so they cost nothing extra; only states
-    per document (`initial_state` or `output_final_state` with `cu_seqlens`) run one by one.
-    rows: with `cu_seqlens`, the packed tokens are this many rows of equal length, each of which
-    begins a document; they run side by side, so the loop is that much shorter.
-    """
-    if cu_seqlens is not None and (initial_state is not None or output_final_state):
-        return per_document(
-            chunk_gated_delta_rule, (q, k, v, g, beta), cu_seqlens, initial_state,
-            output_final_state, zero_state(k, v), scale=scale,
-        )  # fmt: skip
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
-    with torch.autocast(q.device.type, enabled=False):  # the solve and the state need float32
-        chunks = Chunks(v, chunk_size, cu_seqlens, rows)
-        o, state = delta_chunks(
-            q.to(chunks.dtype) * scale, k, v, g, beta, chunks, initial_state
-        )  # fmt: skip
-    return o, (state if output_final_state else None)
-
-
-def fla_gated_delta_rule(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    g: Tensor,
-    beta: Tensor,
-    *,
-    scale: float | None = None,
-    initial_state: Tensor | None = None,
-    output_final_state: bool = False,
-    cu_seqlens: Tensor | None = None,
-) -> tuple[Tensor, Tensor | None]:
-    """flash-linear-attention's Triton kernels (CUDA only); g stays float32."""
-    from ops.fla_kernels import gated_delta_rule as kernel
-
-    return kernel(
-        q, k, v, g.float(), beta, scale=q.shape[-1] ** -0.5 if scale is None else scale,
-        initial_state=initial_state, output_final_state=output_final_state, cu_seqlens=cu_seqlens,
+    """The recurrence in chunks of `chunk_size` tokens: ops/chunked.py. Any T. Returns o
+    [B, T, H, V] and the last state. rows: with `cu_seqlens`, the packed tokens are so many rows of
+    equal length, each of which begins a document; they run side by side."""
+    return delta_chunks(
+        q, k, v, g, beta, scale=scale, initial_state=initial_state,
+        output_final_state=output_final_state, cu_seqlens=cu_seqlens, rows=rows,
+        chunk_size=chunk_size,
     )  # fmt: skip
 
 
 KERNELS = {
     "naive": naive_gated_delta_rule,
     "chunk": chunk_gated_delta_rule,
-    "fla": fla_gated_delta_rule,
+    "fla": fla_kernels.gated_delta_rule,
 }

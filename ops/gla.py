@@ -19,7 +19,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ops.chunked import CHUNK, Chunks, linear_chunks, per_document, run_steps, zero_state
+from ops import fla_kernels
+from ops.chunked import CHUNK, by_steps, linear_chunks, zero_state
 
 
 def naive_gla(
@@ -34,15 +35,10 @@ def naive_gla(
     cu_seqlens: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """The recurrence as written, one step at a time. Returns o [B, T, H, V] and the last state."""
-    empty = zero_state(k, v)
-    if cu_seqlens is not None:
-        return per_document(
-            naive_gla, (q, k, v, g), cu_seqlens, initial_state, output_final_state, empty,
-            scale=scale,
-        )  # fmt: skip
-    state = empty if initial_state is None else initial_state
-    o, state = run_steps(step_gla, (q, k, v, g), state, scale=scale)
-    return o, (state if output_final_state else None)
+    return by_steps(
+        step_gla, (q, k, v, g), zero_state(k, v), initial_state, output_final_state,
+        cu_seqlens, scale=scale,
+    )  # fmt: skip
 
 
 def step_gla(
@@ -77,41 +73,14 @@ def chunk_gla(
     rows: int = 1,
     chunk_size: int = CHUNK,
 ) -> tuple[Tensor, Tensor | None]:
-    """The recurrence in chunks of `chunk_size` tokens. Any T. Returns o [B, T, H, V], last state.
-
-    `cu_seqlens` and `rows` as in ops/gated_delta_rule.py: masks keep documents apart, and only
-    states per document run one by one.
-    """
-    if cu_seqlens is not None and (initial_state is not None or output_final_state):
-        return per_document(
-            chunk_gla, (q, k, v, g), cu_seqlens, initial_state, output_final_state,
-            zero_state(k, v), scale=scale, chunk_size=chunk_size,
-        )  # fmt: skip
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
-    with torch.autocast(q.device.type, enabled=False):  # the state needs float32
-        chunks = Chunks(v, chunk_size, cu_seqlens, rows)
-        o, state = linear_chunks(q.to(chunks.dtype) * scale, k, v, g, chunks, initial_state)
-    return o, (state if output_final_state else None)
-
-
-def fla_gla(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    g: Tensor,
-    *,
-    scale: float | None = None,
-    initial_state: Tensor | None = None,
-    output_final_state: bool = False,
-    cu_seqlens: Tensor | None = None,
-) -> tuple[Tensor, Tensor | None]:
-    """flash-linear-attention's Triton kernels (CUDA only); g stays float32."""
-    from ops.fla_kernels import gla as kernel
-
-    return kernel(
+    """The recurrence in chunks of `chunk_size` tokens: ops/chunked.py. Any T. Returns o
+    [B, T, H, V] and the last state. rows: with `cu_seqlens`, the packed tokens are so many rows of
+    equal length, each of which begins a document; they run side by side."""
+    return linear_chunks(
         q, k, v, g, scale=scale, initial_state=initial_state,
-        output_final_state=output_final_state, cu_seqlens=cu_seqlens,
+        output_final_state=output_final_state, cu_seqlens=cu_seqlens, rows=rows,
+        chunk_size=chunk_size,
     )  # fmt: skip
 
 
-KERNELS = {"naive": naive_gla, "chunk": chunk_gla, "fla": fla_gla}
+KERNELS = {"naive": naive_gla, "chunk": chunk_gla, "fla": fla_kernels.gla}

@@ -30,7 +30,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ops.chunked import CHUNK, Chunks, linear_chunks, per_document, run_steps, state_dtype
+from ops.chunked import CHUNK, Chunks, by_steps, linear_within, per_document, state_dtype
 
 State = tuple[Tensor, Tensor, Tensor]
 
@@ -68,16 +68,11 @@ def naive_hedgehog_window(
     cu_seqlens: Tensor | None = None,
 ) -> tuple[Tensor, State | None]:
     """One step at a time. Returns o [B, T, H, V] and the last state."""
-    fixed = dict(map_q=map_q, map_k=map_k, gamma=gamma, window=window, scale=scale)
-    empty = empty_state(k, v, map_k, window)
-    if cu_seqlens is not None:
-        return per_document(
-            naive_hedgehog_window, (q, k, v), cu_seqlens, initial_state, output_final_state,
-            empty, **fixed,
-        )  # fmt: skip
-    state = empty if initial_state is None else initial_state
-    o, state = run_steps(step_hedgehog_window, (q, k, v), state, **fixed)
-    return o, (state if output_final_state else None)
+    return by_steps(
+        step_hedgehog_window, (q, k, v), empty_state(k, v, map_k, window), initial_state,
+        output_final_state, cu_seqlens, map_q=map_q, map_k=map_k, gamma=gamma, window=window,
+        scale=scale,
+    )  # fmt: skip
 
 
 def step_hedgehog_window(
@@ -167,7 +162,7 @@ def chunk_hedgehog_window(
             same = F.pad(doc, (past, 0), value=-1)[:, :length] == doc
             gone = gone * same[..., None, None]
         phi_k = features(keys[:, :, :length].transpose(1, 2), map_k)
-        older, sums = linear_chunks(features(q, map_q), phi_k, gone, None, chunks, sums)
+        older, sums = linear_within(chunks, features(q, map_q), phi_k, gone, None, sums)
         total = total + older
         o = (total[..., :-1] / total[..., -1:]).to(out_dtype)
     if not output_final_state:

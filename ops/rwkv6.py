@@ -21,7 +21,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ops.chunked import CHUNK, Chunks, linear_chunks, per_document, run_steps, zero_state
+from ops import fla_kernels
+from ops.chunked import CHUNK, by_steps, linear_chunks, zero_state
 
 
 def naive_rwkv6(
@@ -37,15 +38,10 @@ def naive_rwkv6(
     cu_seqlens: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """The recurrence as written, one step at a time. Returns o [B, T, H, V] and the last state."""
-    empty = zero_state(k, v)
-    if cu_seqlens is not None:
-        return per_document(
-            naive_rwkv6, (r, k, v, w), cu_seqlens, initial_state, output_final_state, empty,
-            u=u, scale=scale,
-        )  # fmt: skip
-    state = empty if initial_state is None else initial_state
-    o, state = run_steps(step_rwkv6, (r, k, v, w), state, u=u, scale=scale)
-    return o, (state if output_final_state else None)
+    return by_steps(
+        step_rwkv6, (r, k, v, w), zero_state(k, v), initial_state, output_final_state,
+        cu_seqlens, u=u, scale=scale,
+    )  # fmt: skip
 
 
 def step_rwkv6(
@@ -83,44 +79,14 @@ def chunk_rwkv6(
     rows: int = 1,
     chunk_size: int = CHUNK,
 ) -> tuple[Tensor, Tensor | None]:
-    """The recurrence in chunks of `chunk_size` tokens. Any T. Returns o [B, T, H, V], last state.
-
-    `cu_seqlens` and `rows` as in ops/gated_delta_rule.py: masks keep documents apart, and only
-    states per document run one by one.
-    """
-    if cu_seqlens is not None and (initial_state is not None or output_final_state):
-        return per_document(
-            chunk_rwkv6, (r, k, v, w), cu_seqlens, initial_state, output_final_state,
-            zero_state(k, v), u=u, scale=scale, chunk_size=chunk_size,
-        )  # fmt: skip
-    scale = r.shape[-1] ** -0.5 if scale is None else scale
-    with torch.autocast(r.device.type, enabled=False):  # the state needs float32
-        chunks = Chunks(v, chunk_size, cu_seqlens, rows)
-        o, state = linear_chunks(
-            r.to(chunks.dtype) * scale, k, v, w, chunks, initial_state, bonus=u
-        )  # fmt: skip
-    return o, (state if output_final_state else None)
-
-
-def fla_rwkv6(
-    r: Tensor,
-    k: Tensor,
-    v: Tensor,
-    w: Tensor,
-    u: Tensor,
-    *,
-    scale: float | None = None,
-    initial_state: Tensor | None = None,
-    output_final_state: bool = False,
-    cu_seqlens: Tensor | None = None,
-) -> tuple[Tensor, Tensor | None]:
-    """flash-linear-attention's Triton kernels (CUDA only); w stays float32."""
-    from ops.fla_kernels import rwkv6 as kernel
-
-    return kernel(
-        r, k, v, w, u, scale=scale, initial_state=initial_state,
-        output_final_state=output_final_state, cu_seqlens=cu_seqlens,
+    """The recurrence in chunks of `chunk_size` tokens: ops/chunked.py. Any T. Returns o
+    [B, T, H, V] and the last state. rows: with `cu_seqlens`, the packed tokens are so many rows of
+    equal length, each of which begins a document; they run side by side."""
+    return linear_chunks(
+        r, k, v, w, scale=scale, initial_state=initial_state,
+        output_final_state=output_final_state, cu_seqlens=cu_seqlens, rows=rows,
+        chunk_size=chunk_size, bonus=u,
     )  # fmt: skip
 
 
-KERNELS = {"naive": naive_rwkv6, "chunk": chunk_rwkv6, "fla": fla_rwkv6}
+KERNELS = {"naive": naive_rwkv6, "chunk": chunk_rwkv6, "fla": fla_kernels.rwkv6}

@@ -24,7 +24,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ops.chunked import CHUNK, Chunks, per_document, run_steps, scan_delta, scores, zero_state
+from ops.chunked import CHUNK, Chunks, by_steps, per_document, scan_delta, scores, zero_state
 
 
 def naive_rwkv7(
@@ -41,15 +41,10 @@ def naive_rwkv7(
     cu_seqlens: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """The recurrence as written, one step at a time. Returns o [B, T, H, V] and the last state."""
-    empty = zero_state(k, v)
-    if cu_seqlens is not None:
-        return per_document(
-            naive_rwkv7, (r, w, k, v, a, b), cu_seqlens, initial_state, output_final_state, empty,
-            scale=scale,
-        )  # fmt: skip
-    state = empty if initial_state is None else initial_state
-    o, state = run_steps(step_rwkv7, (r, w, k, v, a, b), state, scale=scale)
-    return o, (state if output_final_state else None)
+    return by_steps(
+        step_rwkv7, (r, w, k, v, a, b), zero_state(k, v), initial_state, output_final_state,
+        cu_seqlens, scale=scale,
+    )  # fmt: skip
 
 
 def step_rwkv7(

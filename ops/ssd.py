@@ -25,7 +25,7 @@ import inspect
 import torch
 from torch import Tensor
 
-from ops.chunked import CHUNK, Chunks, linear_chunks, per_document, run_steps, zero_state
+from ops.chunked import CHUNK, by_steps, linear_chunks, zero_state
 
 MAMBA_CHUNK = 256  # mamba-ssm's own default
 
@@ -49,17 +49,14 @@ def naive_ssd(
     cu_seqlens: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """The recurrence as written, one step at a time. Returns y [B, T, H, P] and the last state."""
-    empty = zero_state(per_head(B, x.shape[2]), x)
-    if cu_seqlens is not None:
-        return per_document(
-            lambda x, dt, B, C, **kwargs: naive_ssd(x, dt, A, B, C, D, **kwargs), (x, dt, B, C),
-            cu_seqlens, initial_state, output_final_state, empty,
-        )  # fmt: skip
-    state = empty if initial_state is None else initial_state
-    y, state = run_steps(
-        lambda x, dt, B, C, **kwargs: step_ssd(x, dt, A, B, C, D, **kwargs), (x, dt, B, C), state
+    return by_steps(
+        lambda x, dt, B, C, **state: step_ssd(x, dt, A, B, C, D, **state),
+        (x, dt, B, C),
+        zero_state(per_head(B, x.shape[2]), x),
+        initial_state,
+        output_final_state,
+        cu_seqlens,
     )
-    return y, (state if output_final_state else None)
 
 
 def step_ssd(
@@ -99,20 +96,17 @@ def chunk_ssd(
     begins a document; they run side by side.
     """
     B, C = per_head(B, x.shape[2]), per_head(C, x.shape[2])
-    if cu_seqlens is not None and (initial_state is not None or output_final_state):
-        return per_document(
-            lambda x, dt, B, C, **kwargs: chunk_ssd(x, dt, A, B, C, D, **kwargs), (x, dt, B, C),
-            cu_seqlens, initial_state, output_final_state, zero_state(B, x), chunk_size=chunk_size,
-        )  # fmt: skip
     out_dtype = x.dtype
     with torch.autocast(x.device.type, enabled=False):  # decays and the state need float32
         dtype = torch.promote_types(x.dtype, torch.float32)
         x, dt, A, D = (t.to(dtype) for t in (x, dt, A, D))
-        v = dt.unsqueeze(-1) * x
-        chunks = Chunks(v, chunk_size, cu_seqlens, rows)
-        y, state = linear_chunks(C, B, v, dt * A, chunks, initial_state)
+        y, state = linear_chunks(
+            C, B, dt.unsqueeze(-1) * x, dt * A, scale=1.0, initial_state=initial_state,
+            output_final_state=output_final_state, cu_seqlens=cu_seqlens, rows=rows,
+            chunk_size=chunk_size,
+        )  # fmt: skip
         y = (y + D[:, None] * x).to(out_dtype)
-    return y, (state if output_final_state else None)
+    return y, state
 
 
 def fla_ssd(
