@@ -7,7 +7,7 @@ Per head, with write strength beta_t:
 
 What the state holds under the key k_t moves towards v_t by the fraction beta_t; nothing decays.
 `naive_*` loops over time, `chunk_*` is the training form in matrix products (section 3 of the
-second paper), `step_*` decodes one token, `fla_*` calls fla's Triton kernel.
+second paper), `step_*` decodes one token; fla's kernel: ops/fla_kernels.py.
 Check: `pytest tests/ops/test_recurrences.py -k 'delta_rule and not gated'`.
 
 Shapes: B batch, T time, H heads, K key size, V value size, N documents.

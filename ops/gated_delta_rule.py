@@ -5,7 +5,7 @@ Per head, with decay a_t = exp(g_t) and write strength beta_t:
     S_t = a_t S_{t-1} + k_t (beta_t (v_t - (a_t S_{t-1})^T k_t))^T        o_t = scale S_t^T q_t
 
 `naive_*` loops over time, `chunk_*` is the training form in matrix products (section 3.2 there),
-`step_*` decodes one token, `fla_*` calls fla's Triton kernel.
+`step_*` decodes one token; fla's kernel: ops/fla_kernels.py.
 Check: `pytest tests/ops/test_gated_delta_rule.py`; time: `python benchmarks/gated_delta_rule.py`.
 
 Shapes: B batch, T time, H heads, K key size, V value size, N documents.

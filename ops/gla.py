@@ -5,7 +5,7 @@ Per head, with a decay a_t = exp(g_t) for every key channel:
     S_t = diag(a_t) S_{t-1} + k_t v_t^T        o_t = scale S_t^T q_t
 
 `naive_*` loops over time, `chunk_*` is the training form in matrix products (section 4.2 there),
-`step_*` decodes one token, `fla_*` calls fla's Triton kernel.
+`step_*` decodes one token; fla's kernel: ops/fla_kernels.py.
 Check: `pytest tests/ops/test_recurrences.py tests/ops/test_gla.py -k gla`.
 
 Shapes: B batch, T time, H heads, K key size, V value size, N documents.

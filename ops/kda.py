@@ -6,7 +6,7 @@ Per head, with decays a_t = exp(g_t) in (0, 1]^K and write strength beta_t:
     S_t = (I - beta_t k_t k_t^T) Diag(a_t) S_{t-1} + beta_t k_t v_t^T        o_t = scale S_t^T q_t
 
 `naive_*` loops over time, `chunk_*` is the training form in matrix products,
-`step_*` decodes one token, `fla_*` calls fla's Triton kernel.
+`step_*` decodes one token; fla's kernel: ops/fla_kernels.py.
 Check: `pytest tests/ops/test_recurrences.py -k kda tests/ops/test_kda.py`.
 
 Shapes: B batch, T time, H heads, K key size, V value size, N documents.

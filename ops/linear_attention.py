@@ -10,7 +10,7 @@ eq. 6; Lightning attention has the same recurrence (Qin et al. 2024, arXiv 2401.
 that depends on the token: the scalar A_t of Mamba-2 (Dao and Gu 2024, arXiv 2405.21060).
 
 `naive_*` loops over time, `chunk_*` is the training form in matrix products, `step_*` decodes one
-token, `fla_*` calls fla's Triton kernel.
+token; fla's kernel: ops/fla_kernels.py.
 Check: `pytest tests/ops -k linear_attention`.
 
 Shapes: B batch, T time, H heads, K key size, V value size, N documents.

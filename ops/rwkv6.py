@@ -7,7 +7,7 @@ Per head, with a log decay w_t <= 0 for every key channel and a bonus u for the 
 The output reads the state before the token has decayed it or been written to it, which is why the
 token itself comes in through the bonus. The paper's w_t is exp(w_t) here.
 `naive_*` loops over time, `chunk_*` is the training form in matrix products, `step_*` decodes one
-token, `fla_*` calls fla's Triton kernel.
+token; fla's kernel: ops/fla_kernels.py.
 Check: `pytest tests/ops/test_recurrences.py tests/ops/test_rwkv6.py -k rwkv6`.
 
 Shapes: B batch, T time, H heads, K key size, V value size, N documents.

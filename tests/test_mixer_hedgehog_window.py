@@ -144,7 +144,7 @@ def test_static_cache_and_packed_prompts():
     """The state is updated in place, and documents become rows of the batch."""
     mixer, x, seq, model = make("hedgehog_window", cu_seqlens=[0, 2, 9, 20], linear_window=4)
     more = torch.randn(3, 6, 24, generator=torch.Generator().manual_seed(2), dtype=x.dtype)
-    cache, outs = Cache(1, static=True), []
+    cache, outs = Cache(1, 40, static=True), []
     with torch.no_grad():
         mixer(x, seq, cache[0])
         cache.advance(1, 20, seq.cu_seqlens, x.device)
