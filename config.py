@@ -272,7 +272,7 @@ class PretrainConfig(TrainConfig, Recipe):
     keep_layers: str = opt("", "the complement: layers that stay softmax")
     mixer: str = opt("gated_deltanet", "linear mixer, or one name per linear layer")
     linear_feature_map: str = opt("elu", "of the mixer linear_attention", choices=FEATURE_MAPS)
-    linear_window: int = opt(64, "softmax window of the mixer hedgehog_window, tokens", low=1)
+    linear_window: int = opt(64, "window of hedgehog_window and sliding_window, tokens", low=1)
     batch_size: int = opt(8, "rows per micro-batch and rank", low=1)
 
     def stage(self, rows_in_data: int) -> StageConfig:

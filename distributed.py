@@ -162,8 +162,8 @@ def compile_blocks(model: nn.Module) -> None:
     """torch.compile every block by itself: one graph is reused by all blocks of a kind."""
     model.compiled = True
     for block in model.layers:
-        if block.kind == "linear_attention":
-            block.linear_attn.compile()  # align calls it by itself
-        else:
+        if block.kind != "full_attention":
+            block.attention.compile()  # align calls a converted one by itself
+        if block.kind != "linear_attention":
             block.self_attn.compiled = True
         block.compile()

@@ -20,6 +20,7 @@ from config import UserError
 from data import Batch, TokenDataset, eval_batches
 from distributed import World, all_sum
 from generate import generate
+from hybrid_layers import resolve_kernels, use_kernels
 from layers import sdpa_priority
 from losses import ce_head, kd_head
 from model import Transformer
@@ -183,6 +184,11 @@ def main(argv: list[str] | None = None) -> None:
         teacher = None
         if args.teacher:
             teacher = load_model(args.teacher, device=args.device, dtype=torch.float32)
+        device = torch.device(args.device)
+        for each in (model, teacher):
+            if each is not None and device.type == "cuda":
+                kernels = resolve_kernels(each.config, "auto", device, "float32")
+                print(use_kernels(each, kernels, device), file=sys.stderr)
         data = TokenDataset.open(resolve_data(args.data, tokenizer), "val")
         batches = eval_batches(data, seq_len=args.seq_len, max_tokens=args.eval_tokens)
         scores = Evaluator(batches, teacher)(model)

@@ -16,16 +16,17 @@ import torch
 from torch import Tensor
 
 from config import UserError
+from hybrid_layers import resolve_kernels, use_kernels
 from model import Transformer
 from tokenizer import load_tokenizer
 
 
 def for_decoding(model: Transformer, dtype: torch.dtype = torch.bfloat16) -> Transformer:
-    """Matrices in `dtype`, in place: under autocast they would be cast again at every token. What
-    is kept in float32 (decays, norms) stays."""
+    """Matrices in `dtype`, in place: under autocast, which it is for, they would be cast again at
+    every token. Biases, decays and norms stay as they are."""
     for module in model.modules():
         if isinstance(module, torch.nn.Linear | torch.nn.Embedding):
-            module.to(dtype)
+            module.weight.data = module.weight.data.to(dtype)
     return model
 
 
@@ -95,12 +96,12 @@ class Decoder:
     def _record(self, tokens: Tensor) -> None:
         """Record a step, after a first one that ran by itself and let libraries set themselves up.
         Recording computes nothing, so what it would have added is not counted."""
-        self.tokens, longest = tokens[:, None].clone(), self.cache.longest
+        self.tokens = tokens[:, None].clone()
+        self.cache.longest -= 1
         torch.cuda.synchronize()
         self.graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self.graph):
             self.logits = self._forward(self.tokens)
-        self.cache.longest = longest
 
 
 @torch.inference_mode()
@@ -174,10 +175,13 @@ def main(argv: list[str] | None = None) -> None:
     try:
         model = load_model(args.model, device=args.device)
         tokenizer = load_tokenizer(tokenizer_spec(args.model))
-        if args.device == "cpu":
+        device = torch.device(args.device)
+        if device.type == "cpu":
             model.float()
-        elif args.device.startswith("cuda"):
+        elif device.type == "cuda":
             for_decoding(model)
+            kernels = resolve_kernels(model.config, "auto", device)
+            print(use_kernels(model, kernels, device), file=sys.stderr)
         prompts = args.prompt
         if args.chat:
             turns = "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"

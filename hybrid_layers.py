@@ -30,6 +30,7 @@ from mixers.rwkv7 import RWKV7
 from mixers.sliding_window import SlidingWindow
 from ops.fla_kernels import check_head_size
 from ops.kernels import resolve_kernel
+from ops.tuned import use_tuned
 
 MIXERS: dict[str, type[nn.Module]] = {
     "gated_deltanet": GatedDeltaNet,
@@ -47,10 +48,15 @@ MIXERS: dict[str, type[nn.Module]] = {
 
 
 def build_mixer(name: str, config: ModelConfig) -> nn.Module:
-    """A mixer by name; UserError lists the valid ones."""
+    """A mixer by name."""
+    return mixer_class(name)(config)
+
+
+def mixer_class(name: str) -> type[nn.Module]:
+    """The class of a name; UserError lists the valid ones."""
     if name not in MIXERS:
         raise UserError(f"--mixer: '{name}' found, one of {', '.join(MIXERS)} expected")
-    return MIXERS[name](config)
+    return MIXERS[name]
 
 
 def mixer_names(spec: str, count: int) -> list[str]:
@@ -60,8 +66,7 @@ def mixer_names(spec: str, count: int) -> list[str]:
     if len(names) != count:
         raise UserError(f"--mixer: {len(names)} names found, 1 or {count} (linear layers) expected")
     for name in names:
-        if name not in MIXERS:
-            raise UserError(f"--mixer: '{name}' found, one of {', '.join(MIXERS)} expected")
+        mixer_class(name)
     return names
 
 
@@ -88,8 +93,8 @@ def convert_config(
             continue
         if "sliding_attention" in config.layer_types and config.sliding_window != window:
             raise UserError(
-                f"--linear_window: {window} found, but the teacher has sliding layers of "
-                f"{config.sliding_window} and all must be alike"
+                f"--linear_window: {window} found, but there are sliding layers of "
+                f"{config.sliding_window} already, and all must be alike"
             )
         kinds[i] = "sliding_attention"
     student = dataclasses.replace(
@@ -127,7 +132,7 @@ def convert_layers(
     """
     config = convert_config(teacher.config, layers, mixer, **shape)
     names = mixer_names(mixer, len(layers))
-    if config.attention_output_bias:
+    if config.attention_output_bias and any(name != "sliding_window" for name in names):
         raise UserError("--teacher: a bias on o_proj found; linear layers have none to carry it")
     memo = {id(p): p for p in teacher.parameters()} if share_trunk else {}
     student = copy.deepcopy(teacher, memo)
@@ -183,6 +188,15 @@ def set_kernels(model: nn.Module, kernels: dict[str, str]) -> None:
     for i, block in enumerate(model.layers):
         if block.kind == "linear_attention":
             block.linear_attn.kernel = kernels[model.config.mixer_name(i)]
+
+
+def use_kernels(model: nn.Module, kernels: dict[str, str], device: torch.device) -> str:
+    """Set every linear mixer's kernel and switch on this GPU's tuned configurations; what to say
+    about it on the console."""
+    set_kernels(model, kernels)
+    each = ", ".join(f"{mixer} {kernel}" for mixer, kernel in kernels.items())
+    line = f"linear kernel: {each or 'none'}"
+    return f"{line}; {use_tuned(device)}" if "fla" in kernels.values() else line
 
 
 @torch.no_grad()

@@ -196,8 +196,6 @@ class Cache:
         if self.lengths is not None:
             self.lengths += length
             self.longest += length
-            room = self.capacity if self.static else self.longest
-            assert self.longest <= room, f"{self.longest} tokens in a static cache of {room}"
         elif cu_seqlens is None:
             self.lengths = torch.full((batch,), length, device=device)
             self.longest = length
@@ -205,6 +203,8 @@ class Cache:
             self.lengths = cu_seqlens.diff().long()
             self.longest = int(self.lengths.max())
             self.even = bool((self.lengths == self.longest).all())
+        room = self.capacity if self.static else self.longest
+        assert self.longest <= room, f"{self.longest} tokens in a static cache of {room}"
 
     def repeat(self, times: int) -> None:
         """Each sequence becomes `times` copies of it (several continuations of one prompt)."""

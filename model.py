@@ -130,6 +130,7 @@ class Transformer(nn.Module):
         device = self.embed_tokens.weight.device
         past = None if cache is None else cache.lengths
         if past is not None:
+            assert cu_seqlens is None, "packed prompts found, an empty cache expected"
             positions = past[:, None] + torch.arange(length, device=device)
         if positions is None and cu_seqlens is not None:
             time = torch.arange(length, device=device)

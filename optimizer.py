@@ -45,7 +45,8 @@ def param_role(name: str, param: Tensor) -> str:
     *modules, leaf = name.split(".")
     if leaf != "weight" or param.ndim != 2 or any("norm" in m or "conv" in m for m in modules):
         return "no_decay"
-    return "muon" if ADAMW_MODULES.isdisjoint(modules) else "adamw"
+    factor = modules and modules[-1].isdigit()  # one of several in a row (kda's g_proj.0, g_proj.1)
+    return "adamw" if factor or not ADAMW_MODULES.isdisjoint(modules) else "muon"
 
 
 def build_groups(

@@ -16,7 +16,7 @@ from data import eval_batches
 from distributed import compile_blocks, main_first, start, stop, this_process
 from evaluate import PROMPTS, Evaluator, completions, eval_rows
 from hf import save_model
-from hybrid_layers import convert_config, resolve_kernels
+from hybrid_layers import convert_config, resolve_kernels, use_kernels
 from model import Transformer
 from objectives import HeadObjective
 from tokenizer import load_tokenizer
@@ -30,7 +30,6 @@ from trainer import (
     restore_weights,
     set_up_torch,
     train_stage,
-    use_kernels,
     warm_up,
 )
 

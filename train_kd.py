@@ -38,6 +38,7 @@ from hybrid_layers import (
     convert_layers,
     mixer_parameters,
     resolve_kernels,
+    use_kernels,
 )
 from layers import attention_kernel
 from model import Transformer
@@ -55,7 +56,6 @@ from trainer import (
     restore_weights,
     set_up_torch,
     train_stage,
-    use_kernels,
     warm_up,
 )
 
@@ -82,13 +82,17 @@ def preflight(cfg: DistillConfig) -> tuple[list[int], str, ModelConfig, bool]:
         if not Path(cfg.student).is_dir():
             raise UserError(f"--student: no folder {cfg.student}")
         source = read_config(cfg.student)
-    theirs = config.layer_types if len(config.layer_types) == len(source.layer_types) else []
-    swapped = [
-        i for i, (a, b) in enumerate(zip(source.layer_types, theirs, strict=False)) if a != b
-    ]
+    theirs = config.layer_types if len(config.layer_types) == len(source.layer_types) else None
+    if cfg.student and theirs is None and "sliding_attention" in source.layer_types:
+        raise UserError(
+            f"--student: {source.num_hidden_layers} layers, some sliding, found; a teacher of as "
+            f"many, not {config.num_hidden_layers}, expected: it tells which were converted"
+        )
     layers = [
-        i for i, t in enumerate(source.layer_types) if t == "linear_attention" or i in swapped
-    ]
+        i for i, kind in enumerate(source.layer_types)
+        if kind == "linear_attention"
+        or (kind == "sliding_attention" and theirs and theirs[i] == "full_attention")
+    ]  # fmt: skip
     convert = not layers
     if convert:
         layers = parse_layers(cfg.layers, source.num_hidden_layers, cfg.keep_layers)
@@ -127,30 +131,33 @@ def preflight(cfg: DistillConfig) -> tuple[list[int], str, ModelConfig, bool]:
 
 def build_models(
     cfg: DistillConfig, layers: list[int], convert: bool, world: World, dtype: torch.dtype
-) -> tuple[Transformer, Transformer, bool]:
-    """(teacher, student, shared): the frozen teacher in the compute type and the student, whose
-    trunk is the teacher's own where only mixers train, else a float32 copy."""
+) -> tuple[Transformer, Transformer, Transformer, bool]:
+    """(teacher, source, student, shared): the frozen teacher in the compute type, the model whose
+    layers were converted (the teacher, or --student as it was), and the student, whose trunk is
+    the teacher's own where only mixers train, else a float32 copy."""
     teacher = load_model(cfg.teacher, dtype=dtype, device=world.device)
     teacher.eval().requires_grad_(False)
     stages = [getattr(cfg, name) for name in cfg.stage_names()]
     only_mixers = all(s.train == "mixers" for s in stages)
     shared = not cfg.student and only_mixers and cfg.share_trunk == "auto"
+    source = teacher
     if not cfg.student:
         student = convert_layers(
             teacher, layers, mixer=cfg.mixer, share_trunk=shared, **mixer_shape(cfg)
         )
     else:
-        student = load_model(cfg.student, dtype=torch.float32, device=world.device)
+        source = student = load_model(cfg.student, dtype=torch.float32, device=world.device)
         if convert and layers:
-            student = convert_layers(student, layers, mixer=cfg.mixer, **mixer_shape(cfg))
-    return teacher, student.train(), shared
+            student = convert_layers(source, layers, mixer=cfg.mixer, **mixer_shape(cfg))
+    return teacher, source, student.train(), shared
 
 
 @torch.no_grad()
 def calibrate(
-    run: Run, teacher: Transformer, student: Transformer, layers: list[int], data: TokenDataset
+    run: Run, source: Transformer, student: Transformer, layers: list[int], data: TokenDataset
 ) -> dict[int, float]:
-    """Fit gates and output scales on a few training rows; layer -> relative error afterwards."""
+    """Fit gates and output scales to the layers replaced, on a few training rows; layer ->
+    relative error afterwards."""
     seq_len = min(512, run.cfg.calibrate_tokens)
     rows = max(1, run.cfg.calibrate_tokens // seq_len)
     loader = PackedLoader(
@@ -160,7 +167,7 @@ def calibrate(
     loader.close()
     errors = {}
     with run.amp():
-        for i, normed, target, seq in teacher.attention_taps(**inputs(batch), layers=layers):
+        for i, normed, target, seq in source.attention_taps(**inputs(batch), layers=layers):
             errors[i] = student.layers[i].attention.calibrate(normed, target, seq)
     return errors
 
@@ -234,25 +241,31 @@ def distil(cfg: DistillConfig, argv: list[str]) -> None:
     for plan in plans:
         if cfg.epochs:
             plan.set_tokens(int(cfg.epochs * train_data.num_tokens), cfg.max_steps)
-    teacher, student, shared = build_models(cfg, layers, convert, world, dtype)
-    linear = use_kernels(student, kernels, world.device)
+    teacher, source, student, shared = build_models(cfg, layers, convert, world, dtype)
+    kernel_line = use_kernels(student, kernels, world.device)
+    use_kernels(
+        teacher, resolve_kernels(teacher.config, cfg.kernel, world.device, cfg.dtype), world.device
+    )
     identity = run_identity(cfg, layers, convert, plans, train_data, dtype)
     run = open_run(cfg, argv, world, identity, script="train_kd", dtype=dtype, stages=names)
-    describe(run, cfg, teacher, student, layers, plans, train_data, data, linear, shared)
+    describe(
+        run, cfg, teacher, student, layers, convert, plans, train_data, data, kernel_line, shared
+    )
     fresh = run.resumed_from is None
     if layers and convert and fresh:
         ids = train_data.read(0, min(128, train_data.num_tokens))
         ids = torch.from_numpy(ids)[None].to(world.device)
-        worst = check_transfer(teacher, student, layers, ids)
+        worst = check_transfer(source, student, layers, ids)
         run.logger.say(
             f"transfer self-test: q, k, v of every head within {max(worst.values()):.1e}"
         )
         if cfg.calibrate_tokens:
-            errors = calibrate(run, teacher, student, layers, train_data)
+            errors = calibrate(run, source, student, layers, train_data)
             mean = sum(errors.values()) / len(errors)
             run.logger.say(f"calibrated on {cfg.calibrate_tokens} tokens: mean error {mean:.3f}")
         # The fits round differently on different devices, and align has no DDP to level that.
         broadcast(mixer_parameters(student, layers).values(), world)
+    del source
     if cfg.dry_run:
         run.logger.say("dry run: nothing trained")
         finish(run)
@@ -314,13 +327,15 @@ def run_identity(cfg, layers, convert, plans: list[StagePlan], data: TokenDatase
     return {
         "script": "train_kd", "teacher": fingerprint(cfg.teacher),
         "student": fingerprint(cfg.student) if cfg.student else "", "layers": layers,
-        "mixer": cfg.mixer, **mixer_shape(cfg), "data": data.fingerprint,
+        **({"mixer": cfg.mixer, **mixer_shape(cfg)} if convert else {}), "data": data.fingerprint,
         "seed": cfg.seed, "dtype": str(dtype), "doc_mask": cfg.doc_mask,
         "calibrate_tokens": cfg.calibrate_tokens if convert else 0, "stages": stages,
     }  # fmt: skip
 
 
-def describe(run, cfg, teacher, student, layers, plans, train_data, data, linear, shared) -> None:
+def describe(
+    run, cfg, teacher, student, layers, convert, plans, train_data, data, kernels, shared
+) -> None:
     """The plan, before anything runs."""
     say, world = run.logger.say, run.world
     mixers = sum(p.numel() for p in mixer_parameters(student, layers).values())
@@ -337,9 +352,12 @@ def describe(run, cfg, teacher, student, layers, plans, train_data, data, linear
     )  # fmt: skip
     say(
         f"compute: {world.size} x {world.device.type}, {run.dtype}; softmax kernel {softmax}, "
-        f"{linear}, compile {'on' if compile_wanted(cfg, world) else 'off'}"
+        f"{kernels}, compile {'on' if compile_wanted(cfg, world) else 'off'}"
     )
-    if layers and getattr(teacher.config, "attention_sink", False):
+    if cfg.student and not convert:
+        say("note: --student is converted already; --layers, --mixer, --linear_... are not used")
+    linear = [i for i in layers if student.config.layer_types[i] == "linear_attention"]
+    if linear and teacher.config.attention_sink:
         say("note: the attention sinks of converted layers are not carried over")
     for plan in plans:
         say(plan.line(world))

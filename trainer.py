@@ -29,12 +29,11 @@ from corpus import resolve_data
 from data import PackedLoader, TokenDataset, permuted_index
 from distributed import World, all_sum, barrier, main_says
 from flops import flops_per_token, matmul_params, mfu, model_flops_per_token, peak_flops
-from hybrid_layers import MIXERS, set_kernels
+from hybrid_layers import MIXERS
 from layers import sdpa_priority
 from metrics import MetricsLogger, StepTimer, memory_gib
 from model import Transformer
 from ops import warm
-from ops.tuned import use_tuned
 from optimizer import OptimizerSet, build_optimizer, lr_factor
 
 MICRO_BATCH_TOKENS = 32_768
@@ -107,15 +106,6 @@ def compile_wanted(cfg: TrainConfig, world: World) -> bool:
     if cfg.torch_compile == "auto":
         return world.device.type == "cuda"
     return cfg.torch_compile == "true"
-
-
-def use_kernels(model: Transformer, kernels: dict[str, str], device: torch.device) -> str:
-    """Set every linear mixer's kernel and switch on this GPU's tuned configurations; what to say
-    about it on the console."""
-    set_kernels(model, kernels)
-    each = ", ".join(f"{mixer} {kernel}" for mixer, kernel in kernels.items())
-    line = f"linear kernel: {each or 'none'}"
-    return f"{line}; {use_tuned(device)}" if "fla" in kernels.values() else line
 
 
 def warm_up(config: ModelConfig, kernels: dict[str, str], cfg: TrainConfig, world: World) -> None:

@@ -19,7 +19,6 @@ from torch import Tensor, nn
 
 from config import ModelConfig, UserError
 from layers import LayerCache, RMSNorm, SeqInfo, ShortConvolution, last_tokens
-from ops.kernels import resolve_kernel
 
 # SiLU(x) is near x / 2 for small x; the L2 norm (q, k) and the RMSNorm (v) take the scale out.
 QK_TAP = 0.03
@@ -51,7 +50,7 @@ class LinearMixer(nn.Module):
                 f"linear_num_key_heads {self.num_heads}"
             )
         self.rope, self.init_std = config.linear_rope, config.initializer_range
-        self.kernel = "auto"
+        self.kernel = "chunk"  # `hybrid_layers.use_kernels` sets a faster one
 
     def add_heads(self, config: ModelConfig) -> None:
         """q_proj, k_proj, v_proj and o_proj."""
@@ -120,11 +119,8 @@ class LinearMixer(nn.Module):
             o, state = self.step(**token, initial_state=state, **self.options())
             o = o[:, None]
         else:
-            kernel = self.kernel  # the trainer has resolved it; a compiled block cannot
-            if kernel == "auto":
-                kernel = resolve_kernel(kernel, x.device, type(self))
-            rows = {"rows": seq.rows} if kernel == "chunk" else {}
-            o, state = self.kernels[kernel](
+            rows = {"rows": seq.rows} if self.kernel == "chunk" else {}
+            o, state = self.kernels[self.kernel](
                 **args, initial_state=state, output_final_state=keep, cu_seqlens=seq.cu_seqlens,
                 **self.options(), **rows,
             )  # fmt: skip

@@ -38,15 +38,12 @@ PACKAGES = {"fla": ("flash-linear-attention", has_fla), "mamba_ssm": ("mamba-ssm
 
 
 def resolve_kernel(kernel: str, device: torch.device, mixer: type) -> str:
-    """The kernel that `kernel` means for a mixer class on `device`. auto is, on CUDA, mamba-ssm's
-    or fla's where the package is installed and has the recurrence, else our own chunked form.
-    UserError for a kernel that cannot run."""
+    """The kernel that `kernel` means for a mixer class on `device`. auto is, on CUDA, fla's where
+    the package is installed and has the recurrence, else our own chunked form. UserError for a
+    kernel that cannot run."""
     cuda = device.type == "cuda"
     if kernel == "auto":
-        for name in ("mamba_ssm", "fla"):
-            if cuda and name in mixer.kernels and PACKAGES[name][1]():
-                return name
-        return "chunk"
+        return "fla" if cuda and "fla" in mixer.kernels and PACKAGES["fla"][1]() else "chunk"
     if kernel in PACKAGES and not (cuda and PACKAGES[kernel][1]()):
         raise UserError(
             f"--kernel: {kernel} found, but it needs CUDA (device is {device.type}) and the "

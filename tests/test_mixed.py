@@ -105,3 +105,38 @@ def test_sliding_window_students(tiny_teacher, tiny_data, tmp_path):
 
 def metric_keys(run) -> set[str]:
     return set().union(*map(json.loads, (run / "metrics.jsonl").read_text().splitlines()))
+
+
+def test_which_layers_of_a_student_are_converted(tiny_teacher, tiny_data, tmp_path, capsys):
+    """A plain student is converted even if its teacher has other layer types; a student with
+    linear layers is not, and says which flags it does not use."""
+    torch.manual_seed(2)
+    hybrid = Transformer(tiny_config(layer_types=["linear_attention"] + ["full_attention"] * 3))
+    hybrid.init_weights()
+    save_model(hybrid, tmp_path / "hybrid", tokenizer_from="byte")
+    common = [
+        f"--data={tiny_data}", f"--save_model_dir={tmp_path}", "--device=cpu", "--dry_run",
+        "--config=tests/kd.yaml", "--layers=1,2", "--mixer=gla",
+    ]  # fmt: skip
+    call_script(
+        "train_kd", *common, "--run=a", f"--teacher={tmp_path / 'hybrid'}",
+        f"--student={tiny_teacher}",
+    )  # fmt: skip
+    out = capsys.readouterr().out
+    assert "layers: FLLF" in out and "not used" not in out
+    call_script(
+        "train_kd", *common, "--run=b", f"--teacher={tiny_teacher}",
+        f"--student={tmp_path / 'hybrid'}",
+    )  # fmt: skip
+    out = capsys.readouterr().out
+    assert "layers: LFFF" in out and "note: --student is converted already" in out
+
+
+def test_sliding_student_of_another_depth_is_refused(tiny_teacher, tmp_path, refused):
+    model = Transformer(
+        tiny_config(num_hidden_layers=3, layer_types=["sliding_attention"] * 3, sliding_window=8)
+    )
+    model.init_weights()
+    save_model(model, tmp_path / "s", tokenizer_from="byte")
+    err = refused("train_kd", f"--teacher={tiny_teacher}", f"--student={tmp_path / 's'}")
+    assert "--student: 3 layers, some sliding, found" in err
