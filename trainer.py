@@ -125,6 +125,7 @@ def warm_up(config: ModelConfig, kernels: dict[str, str], cfg: TrainConfig, worl
         from torch._inductor.async_compile import AsyncCompile
 
         AsyncCompile.warm_pool()
+        AsyncCompile.wakeup()
 
 
 def run_folder(cfg: TrainConfig, script: str) -> Path:
