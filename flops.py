@@ -3,7 +3,7 @@
 Counts are per token, one multiply-add = 2. Shape legend for the formulas:
     d hidden_size   H query heads   Q head_dim   T tokens per row
 Only matmuls (and the recurrences and short convolutions, which replace one) are counted; norms,
-activations, decays and the embedding lookup are not. Try it: pytest tests/test_metrics.py
+activations, decays and the embedding lookup are not. Try it: pytest tests/test_flops.py
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Muon (Jordan et al. 2024), batched by shape, with owner-computes across ranks.
 
-    pytest tests/test_optimizer.py
+    pytest tests/test_muon.py
 
 Every hidden matrix moves along the orthogonal factor of its momentum, found by Newton-Schulz
 iterations: that, and no second moment, is the diff from AdamW. `optimizer.py` decides which

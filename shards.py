@@ -1,6 +1,6 @@
 """Token shards on disk: `ShardWriter` makes a data set folder, `TokenDataset` reads one.
 
-    python -m pytest tests/test_data.py
+    python -m pytest tests/test_shards.py
 
 A data set is a folder: `train-00000.bin` ... `val-00000.bin` ..., beside each shard a sidecar of
 document ends, and `meta.json`, written last. The format is described in docs/data.md. Nothing

@@ -10,6 +10,7 @@ Shapes: B batch, T time, d hidden size, H query/key heads, J value heads, K key 
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import ClassVar
 
@@ -26,7 +27,7 @@ V_TAP = 0.05
 DECAY_TOKENS = (4.0, 256.0)  # e-folding times of the first and the last head
 
 
-class LinearMixer(nn.Module):
+class LinearMixer(nn.Module, ABC):
     """Takes the normed residual stream [B, T, d], returns the attention output [B, T, d]."""
 
     name: ClassVar[str]  # as in `hybrid_layers.MIXERS`
@@ -79,19 +80,26 @@ class LinearMixer(nn.Module):
             elif isinstance(m, RMSNorm | ShortConvolution):
                 m.init_weights()
 
+    @torch.no_grad()
+    def init_decay(self) -> None:
+        """fla's and mamba's ranges: A_log for A in 1 to 16, dt_bias for dt in 1e-3 to 0.1."""
+        self.A_log.uniform_(1, 16).log_()
+        dt = torch.empty_like(self.dt_bias).uniform_(math.log(1e-3), math.log(0.1)).exp()
+        self.dt_bias.copy_(inverse_softplus(dt))
+
     # ---- forward
 
+    @abstractmethod
     def inputs(
         self, x: Tensor, seq: SeqInfo, held: dict[str, Tensor], keep: bool
     ) -> tuple[dict[str, Tensor], object, dict[str, Tensor]]:
         """What the recurrence takes token by token, by its argument names ([B, T, ...] each),
         what `finish` needs besides x, and, if `keep`, the last inputs of convolutions and token
         shifts by name (`last_tokens`). `held` is what was kept by the call before."""
-        raise NotImplementedError
 
+    @abstractmethod
     def finish(self, o: Tensor, x: Tensor, aux: object) -> Tensor:
         """Norm and gate of the recurrence's output o [B, T, J, V] -> [B, T, J * V]."""
-        raise NotImplementedError
 
     def options(self) -> dict:
         """Arguments of the recurrence that are no tokens' (scale, a fixed decay, ...)."""
@@ -159,9 +167,9 @@ class LinearMixer(nn.Module):
             for what, (weight, bias) in self.qkv_weights().items()
         )
 
+    @abstractmethod
     def init_transfer(self) -> None:
         """Values of everything that softmax attention has no counterpart of."""
-        raise NotImplementedError
 
     def decay_rates(self, device=None) -> Tensor:
         """1 / e-folding time in tokens of each value head, spread over DECAY_TOKENS: [J]."""

@@ -11,8 +11,6 @@ Shapes: B batch, T time, d hidden size, H query/key heads, J value heads, K key 
 
 from __future__ import annotations
 
-import math
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -52,12 +50,8 @@ class KimiDeltaAttention(LinearMixer):
         self.o_norm = RMSNorm(self.value_dim, config.rms_norm_eps)
 
     def init_weights(self) -> None:
-        """fla's ranges for A (1 to 16) and dt (1e-3 to 0.1)."""
         super().init_weights()
-        with torch.no_grad():
-            self.A_log.uniform_(1, 16).log_()
-            dt = torch.empty_like(self.dt_bias).uniform_(math.log(1e-3), math.log(0.1)).exp()
-            self.dt_bias.copy_(inverse_softplus(dt))
+        self.init_decay()
 
     def inputs(self, x: Tensor, seq: SeqInfo, held: dict[str, Tensor], keep: bool):
         q, k, v, kept = self.convolved(x, seq, held, keep)

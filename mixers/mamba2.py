@@ -14,8 +14,6 @@ G and N.
 
 from __future__ import annotations
 
-import math
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -74,13 +72,10 @@ class Mamba2(LinearMixer):
         return self.out_proj
 
     def init_weights(self) -> None:
-        """mamba-ssm's: A in 1 to 16, dt in 1e-3 to 0.1, D one."""
+        """mamba-ssm's ranges, D one."""
         super().init_weights()
-        with torch.no_grad():
-            self.A_log.uniform_(1, 16).log_()
-            dt = torch.empty_like(self.dt_bias).uniform_(math.log(1e-3), math.log(0.1)).exp()
-            self.dt_bias.copy_(inverse_softplus(dt))
-            self.D.fill_(1)
+        self.init_decay()
+        nn.init.ones_(self.D)
 
     def inputs(self, x: Tensor, seq: SeqInfo, held: dict[str, Tensor], keep: bool):
         sizes = self.rows

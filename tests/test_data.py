@@ -1,275 +1,26 @@
-"""Shards, packing, the loader's order and its resume state."""
+"""Packing, the loader's order and its resume state."""
 
 import json
-import os
-import shutil
-import subprocess
-import sys
 
 import numpy as np
 import pytest
 import torch
+from documents import random_documents, write
 
-import shards
 from config import UserError
 from data import (
     IGNORE,
     PackedLoader,
-    ShardWriter,
     TokenDataset,
     eval_batches,
     pack_rows,
     permuted_index,
 )
-from tokenizer import load_tokenizer
-
-BYTE = load_tokenizer("byte")
-EOS = BYTE.eos_token_id
-
-
-class WideTokenizer:
-    """Only what a writer reads; a vocabulary that needs uint32."""
-
-    name, spec, portable_spec, hash = "wide", "wide", "wide", "00112233445566ff"
-    vocab_size, eos_token_id, bos_token_id = 200_000, 199_999, 7
-
-
-def random_documents(count, low=1, high=60, seed=0, vocab=256):
-    rng = np.random.default_rng(seed)
-    return [rng.integers(0, vocab, rng.integers(low, high)).tolist() for _ in range(count)]
-
-
-def write(folder, documents, split="train", tokenizer=BYTE, **kwargs):
-    with ShardWriter(folder, split, tokenizer, **kwargs) as writer:
-        for document in documents:
-            writer.add(document)
-    return folder
-
-
-def flat(documents, eos=EOS):
-    return np.array([i for document in documents for i in [*document, eos]])
 
 
 @pytest.fixture
 def dataset(tmp_path):
     return TokenDataset.open(write(tmp_path / "set", random_documents(150)), "train")
-
-
-# --- shards ---------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("tokenizer, itemsize", [(BYTE, 2), (WideTokenizer(), 4)])
-def test_write_and_read(tmp_path, tokenizer, itemsize):
-    documents = random_documents(40, vocab=tokenizer.vocab_size - 1)
-    write(tmp_path, [*documents, []], tokenizer=tokenizer, shard_tokens=300)
-    data = TokenDataset.open(tmp_path, "train", verify=True)
-    expected = flat(documents, tokenizer.eos_token_id)
-    files = sorted(tmp_path.glob("train-*.bin"))
-    assert len(files) > 2
-    assert sum(f.stat().st_size for f in files) == 1024 * len(files) + itemsize * len(expected)
-    assert data.num_tokens == len(expected)
-    assert np.array_equal(data.read(0, data.num_tokens), expected)
-    for start, n in ((0, 1), (290, 40), (250, 700), (len(expected) - 1, 1)):  # across shards
-        assert np.array_equal(data.read(start, n), expected[start : start + n])
-    assert np.array_equal(data.doc_ends, np.flatnonzero(expected == tokenizer.eos_token_id) + 1)
-    assert data.vocab_size == tokenizer.vocab_size and data.eos == tokenizer.eos_token_id
-    assert data.bos == tokenizer.bos_token_id and data.tokenizer_hash == tokenizer.hash
-    assert not list(tmp_path.glob("*.tmp"))
-
-
-def test_fingerprint_follows_content(tmp_path):
-    documents = random_documents(20)
-    prints = [TokenDataset.open(write(tmp_path / "a", documents), "train").fingerprint]
-    prints += [TokenDataset.open(write(tmp_path / "b", documents), "train").fingerprint]
-    documents[3][0] ^= 1
-    prints += [TokenDataset.open(write(tmp_path / "c", documents), "train").fingerprint]
-    first, second = documents[0][:1], documents[0][1:]  # same tokens, other borders: eos moves
-    moved = [first, second, *documents[1:]]
-    prints += [TokenDataset.open(write(tmp_path / "d", moved), "train").fingerprint]
-    assert prints[0] == prints[1] and len(set(prints)) == 3
-
-
-def edit(path, offset, value):
-    raw = bytearray(path.read_bytes())
-    raw[offset] ^= value
-    path.write_bytes(raw)
-
-
-def cut(path, change):
-    raw = path.read_bytes()
-    path.write_bytes(raw[:change] if change < 0 else raw + bytes(change))
-
-
-DAMAGE = {
-    "truncated": (lambda shard, docs: cut(shard, -2), r"train-00000.bin: \d+ bytes, expected"),
-    "over-long": (lambda shard, docs: cut(shard, 2), r"train-00000.bin: \d+ bytes, expected"),
-    "no header": (lambda shard, docs: shard.write_bytes(b"short"), "shorter than the 1024-byte"),
-    "magic": (lambda shard, docs: edit(shard, 0, 1), "train-00000.bin: magic number"),
-    "version": (
-        lambda shard, docs: edit(shard, 4, 2),
-        "train-00000.bin: format version 3, expected 1",
-    ),
-    "eos in header": (
-        lambda shard, docs: edit(shard, 28, 1),
-        "train-00000.bin: the header is damaged",
-    ),
-    "missing": (lambda shard, docs: shard.unlink(), "train-00000.bin: missing"),
-    "no sidecar": (lambda shard, docs: docs.unlink(), "train-00000.docs.npy: missing"),
-    "sidecar bit": (lambda shard, docs: edit(docs, -8, 1), "train-00000.docs.npy: damaged"),
-    "sidecar cut": (lambda shard, docs: cut(docs, -4), "train-00000.docs.npy: not a readable"),
-    "sidecar pickle": (
-        lambda shard, docs: np.save(docs, np.array([{}], dtype=object), allow_pickle=True),
-        "train-00000.docs.npy: not a readable",
-    ),
-}
-
-
-@pytest.mark.parametrize("kind", DAMAGE)
-def test_damage_is_refused(tmp_path, kind):
-    write(tmp_path, random_documents(20))
-    damage, message = DAMAGE[kind]
-    damage(tmp_path / "train-00000.bin", tmp_path / "train-00000.docs.npy")
-    with pytest.raises(UserError, match=message) as error:
-        TokenDataset.open(tmp_path, "train")
-    assert "\n" not in str(error.value)
-
-
-def test_flipped_token_bit_is_found_by_verify(tmp_path):
-    write(tmp_path, random_documents(20))
-    edit(tmp_path / "train-00000.bin", -30, 4)
-    TokenDataset.open(tmp_path, "train")  # sizes and header are right
-    with pytest.raises(UserError, match=r"train-00000.bin: the tokens do not match"):
-        TokenDataset.open(tmp_path, "train", verify=True)
-
-
-def test_shards_of_two_vocabularies_are_refused(tmp_path):
-    write(tmp_path / "a", random_documents(30), shard_tokens=400)
-    write(tmp_path / "b", random_documents(30), tokenizer=WideTokenizer(), shard_tokens=400)
-    for end in ("bin", "docs.npy"):
-        shutil.copy(tmp_path / f"b/train-00001.{end}", tmp_path / f"a/train-00001.{end}")
-    with pytest.raises(UserError, match=r"train-00001.bin: itemsize is 4, expected 2"):
-        TokenDataset.open(tmp_path / "a", "train")
-
-
-def test_unfinished_and_unknown_sets(tmp_path):
-    with pytest.raises(UserError, match=r"no meta.json"):
-        TokenDataset.open(tmp_path, "train")
-    with (
-        pytest.raises(RuntimeError),
-        ShardWriter(tmp_path, "train", BYTE, shard_tokens=5) as writer,
-    ):
-        for _ in range(3):
-            writer.add([1, 2, 3])
-        raise RuntimeError("a crash in the middle")
-    assert list(tmp_path.iterdir()) == []
-    write(tmp_path, [[1, 2]])
-    with pytest.raises(UserError, match=r"no split 'val'; it has \['train'\]"):
-        TokenDataset.open(tmp_path, "val")
-    (tmp_path / "meta.json").write_text('{"format": "other"}')
-    with pytest.raises(UserError, match=r"meta.json: "):
-        TokenDataset.open(tmp_path, "train")
-
-
-def test_writer_overwrites_only_when_asked(tmp_path):
-    write(tmp_path, random_documents(30), shard_tokens=300)
-    write(tmp_path, [[5, 6]], split="val")
-    with pytest.raises(UserError, match=r"already holds a 'train' split"):
-        ShardWriter(tmp_path, "train", BYTE)
-    with pytest.raises(UserError, match=r"meta.json: written with tokenizer 'byte'"):
-        ShardWriter(tmp_path, "train", WideTokenizer(), overwrite=True)
-    write(tmp_path, [[1, 2]], overwrite=True)
-    assert TokenDataset.open(tmp_path, "train").read(0, 3).tolist() == [1, 2, EOS]
-    assert TokenDataset.open(tmp_path, "val").num_tokens == 3
-    assert sorted(p.name for p in tmp_path.glob("train-*")) == [
-        "train-00000.bin",
-        "train-00000.docs.npy",
-    ]
-
-
-def test_writer_refuses_foreign_ids(tmp_path):
-    writer = ShardWriter(tmp_path, "train", BYTE)
-    for ids in ([1, 257], [-1]):
-        with pytest.raises(ValueError, match=r"outside 0\.\.256"):
-            writer.add(ids)
-
-
-def test_meta_names_no_absolute_path(tmp_path):
-    tok = load_tokenizer("byte")
-    tok.spec = str(tmp_path / "tokenizer.json")
-    write(tmp_path / "set", [[1]], tokenizer=tok)
-    meta = json.loads((tmp_path / "set/meta.json").read_text())
-    assert meta["tokenizer"] == {"name": "byte", "spec": None, "hash": tok.hash}
-    assert str(tmp_path) not in json.dumps(meta)
-
-
-def test_check_tokenizer(dataset):
-    dataset.check_tokenizer(BYTE)
-    with pytest.raises(UserError, match=r"written with tokenizer hash"):
-        dataset.check_tokenizer(WideTokenizer())
-    other = load_tokenizer("byte")
-    other.eos_token_id = 0
-    with pytest.raises(UserError, match=r"documents end with token 256, expected 0"):
-        dataset.check_tokenizer(other)
-
-
-# --- files of other projects ----------------------------------------------------------------
-
-
-def write_gpt2(path, tokens, magic=False, count=None):
-    header = np.zeros(256, dtype="<i4")
-    header[:3] = (20240520, 1, len(tokens) if count is None else count)
-    body = np.asarray(tokens, dtype="<u2").tobytes()
-    path.write_bytes((header.tobytes() if magic else b"") + body)
-
-
-@pytest.mark.parametrize("magic", [False, True])
-def test_nanogpt_formats(tmp_path, magic):
-    tokens = np.random.default_rng(1).integers(0, 50256, 500)
-    tokens[[99, 100, 350]] = 50256
-    write_gpt2(tmp_path / "val.bin", tokens[:50], magic)
-    if magic:  # several shards, named as llm.c and modded-nanogpt do
-        write_gpt2(tmp_path / "fineweb_train_000001.bin", tokens[:200], magic)
-        write_gpt2(tmp_path / "fineweb_train_000002.bin", tokens[200:], magic)
-    else:
-        write_gpt2(tmp_path / "train.bin", tokens)
-    data = TokenDataset.open(f"nanogpt:{tmp_path}", "train")
-    assert np.array_equal(data.read(0, 500), tokens)
-    assert data.doc_ends.tolist() == [100, 101, 351, 500]
-    assert (data.eos, data.vocab_size, data.tokenizer_hash) == (50256, None, None)
-    assert data.min_vocab_size == 50257
-    assert np.array_equal(TokenDataset.open(f"nanogpt:{tmp_path}", "val").read(0, 50), tokens[:50])
-    with pytest.raises(UserError, match=r"documents end with token 50256, expected 256"):
-        data.check_tokenizer(BYTE)
-    before = data.fingerprint
-    tokens[400] ^= 1
-    name = "fineweb_train_000002.bin" if magic else "train.bin"
-    write_gpt2(tmp_path / name, tokens[200:] if magic else tokens, magic)
-    assert TokenDataset.open(f"nanogpt:{tmp_path}", "train").fingerprint != before
-
-
-def test_nanogpt_mistakes(tmp_path):
-    spec = f"nanogpt:{tmp_path}"
-    with pytest.raises(UserError, match=r"no train.bin"):
-        TokenDataset.open(spec, "train")
-    path = tmp_path / "train.bin"
-    with pytest.raises(UserError, match=r"no such file"):
-        TokenDataset.open(f"nanogpt:{path}", "train")
-    for count in (11, 9):
-        write_gpt2(path, range(10), magic=True, count=count)
-        with pytest.raises(UserError, match=r"train.bin: 1044 bytes, expected 1024 \+ 2 for each"):
-            TokenDataset.open(spec, "train")
-    for raw in (b"", b"odd"):
-        path.write_bytes(raw)
-        with pytest.raises(UserError, match=r"train.bin: . bytes, expected"):
-            TokenDataset.open(spec, "train")
-    write_gpt2(path, range(10), magic=True)
-    edit(path, 4, 2)
-    with pytest.raises(UserError, match=r"train.bin: format version 3, expected 1"):
-        TokenDataset.open(spec, "train")
-    write_gpt2(path, range(10))
-    assert TokenDataset.open(f"nanogpt:{path}", "train").doc_ends.tolist() == [10]
-    with pytest.raises(UserError, match=r"without a 'val' split"):  # never evaluate on train.bin
-        TokenDataset.open(f"nanogpt:{path}", "val")
 
 
 # --- order ----------------------------------------------------------------------------------
@@ -513,9 +264,3 @@ def test_eval_batches_are_fixed_and_spread(dataset):
     assert all(torch.equal(a.labels, b.labels) for a, b in zip(batches, again, strict=True))
     everything = eval_batches(dataset, seq_len=16, max_tokens=10**9, doc_mask=False)
     assert samples(everything) == list(range(n))
-
-
-def test_shards_module_does_not_import_torch():
-    code = "import shards, tokenizer, sys; assert 'torch' not in sys.modules"
-    folder = os.path.dirname(shards.__file__)
-    subprocess.run([sys.executable, "-c", code], check=True, cwd=folder)

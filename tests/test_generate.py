@@ -10,7 +10,7 @@ from kit import assert_close_rms, logits, random_ids, tiny_model
 
 import generate as script
 from config import UserError
-from generate import Decoder, generate, generate_batch, pick
+from generate import Decoder, for_decoding, generate, generate_batch, pick
 from hf import save_model
 from hybrid_layers import MIXERS
 
@@ -67,6 +67,16 @@ def test_a_compiled_step_is_traced_once(name):
     for a, b in zip(actual, expected, strict=True):
         assert_close_rms(a, b, 1e-6)
     torch.compiler.reset()
+
+
+def test_for_decoding_rounds_matrices_only():
+    model = tiny_model("LLF", mixer=["gla", "rwkv6"], dtype=torch.float32, attention_bias=True)
+    before = {n: p.clone() for n, p in model.named_parameters()}
+    for_decoding(model)
+    for name, p in model.named_parameters():
+        matrix = name.endswith("weight") and p.ndim == 2
+        assert p.dtype == (torch.bfloat16 if matrix else torch.float32), name
+        assert matrix or torch.equal(p, before[name]), name
 
 
 def test_stops_after_eos():

@@ -293,6 +293,24 @@ def test_calibrate_lowers_the_error(name):
         assert 0.8 < F.linear(x, weight).mean() / value < 1.1
 
 
+@every_linear
+def test_every_parameter_learns_after_the_transfer(name):
+    """A product of two zero matrices never would."""
+    attention, mixer, config = converted(name, linear_window=8)
+    x = torch.randn(1, 40, config.hidden_size, generator=torch.Generator().manual_seed(0)) + 1
+    seq = tiny_model("F", dtype=torch.float32).seq_info(40)
+    with torch.no_grad():
+        target = attention(x, seq)
+        mixer.calibrate(x, target, seq)
+    for _ in range(2):
+        grads = gradients((mixer(x, seq) - target).square().mean(), mixer)
+        with torch.no_grad():
+            for what, p in mixer.named_parameters():
+                p -= 0.01 * grads[what]
+    for what, gradient in grads.items():
+        assert gradient.abs().max() > 0, what
+
+
 def test_inverses():
     y = torch.tensor([1e-3, 0.1, 1.0, 20.0], dtype=torch.float64)
     torch.testing.assert_close(F.softplus(inverse_softplus(y)), y)

@@ -5,7 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
+from config import ModelConfig, PretrainConfig
+from distributed import World
 from ops import fla_kernels, fla_reference, warm
+from trainer import warm_up
 
 
 @pytest.mark.parametrize("op", fla_reference.VARIANTS)
@@ -26,6 +29,25 @@ def test_calls_every_op_forward_and_backward(op, monkeypatch):
     monkeypatch.setattr(fla_kernels, fla_reference.op_of(op), loops)
     warm.compile_op(op, 3, 16, 32, torch.device("cpu"))
     assert seen and all(t.grad is not None for t in seen)
+
+
+def test_what_a_run_compiles_ahead(monkeypatch):
+    """The ops of its fla mixers at their sizes, once each; on rank 0's GPU and nowhere else."""
+    started = []
+    monkeypatch.setattr(warm, "start", started.append)
+    config = ModelConfig(
+        num_hidden_layers=4, layer_types=["linear_attention"] * 4, head_dim=64,
+        linear_feature_map="hedgehog",
+        mixer=["mamba2", "retention", "linear_attention", "hedgehog_window"],
+    )  # fmt: skip
+    kernels = dict.fromkeys(config.mixer, "fla") | {"hedgehog_window": "chunk"}
+    cfg = PretrainConfig(torch_compile="false")
+    for world in (World(1, 2, torch.device("cuda", 1)), World(0, 1, torch.device("cpu"))):
+        warm_up(config, kernels, cfg, world)
+    assert started == []
+    warm_up(config, kernels, cfg, World(0, 1, torch.device("cuda", 0)))
+    wide = {"linear_attention": (4, 64, 64), "linear_attention without g": (4, 128, 64)}
+    assert started == [wide]
 
 
 def test_a_failing_process_is_no_failure_of_the_run():
