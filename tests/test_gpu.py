@@ -149,10 +149,12 @@ def test_no_graph_break_in_a_block(name, tiny_data):
 
 @every_mixer
 def test_a_recorded_step_decodes_the_same(name):
+    """Compiled and recorded as a CUDA graph, against plain calls."""
     model = for_decoding(with_mixer(name).to(CUDA).eval())
+    compile_blocks(model)
     prompts = [[1, 2, 3, 4, 5] * 20, [7], [8, 9]]
     with torch.autocast("cuda", torch.bfloat16):
-        plain, recorded = Decoder(model), Decoder(model, 160, graph=True)
+        plain, recorded = Decoder(model), Decoder(model, 160, graph=True, compiled=True)
         first = plain.prefill(prompts)
         assert rms_ratio(recorded.prefill(prompts), first) <= 1e-3
         for i in range(30):
