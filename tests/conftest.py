@@ -115,3 +115,16 @@ def metric_rows(run: str | Path, key: str = "loss") -> dict[int, float]:
     found = [(r["step"], r[key]) for r in rows if key in r]
     assert len(found) == len(dict(found)), "a step was logged twice"
     return dict(found)
+
+
+@pytest.fixture
+def untimed_kernels(monkeypatch):
+    """Tuned configurations where there are some; else the first of each kernel, untimed."""
+    from triton.runtime.autotuner import Autotuner
+
+    from ops.tuned import use_tuned
+
+    use_tuned(torch.device("cuda"))
+    prune = Autotuner.prune_configs
+    monkeypatch.setattr(Autotuner, "prune_configs", lambda self, k: prune(self, k)[:1])
+    monkeypatch.setattr(Autotuner, "_bench", lambda self, *args, **kwargs: [0.0] * 3)

@@ -14,7 +14,7 @@ from config import ModelConfig
 from data import TokenDataset, eval_batches
 from distributed import compile_blocks
 from evaluate import inputs
-from generate import Decoder, for_decoding
+from generate import Decoder
 from hybrid_layers import MIXERS, resolve_kernels, set_kernels
 from layers import sdpa_priority
 from model import Transformer
@@ -98,7 +98,7 @@ def test_a_whole_run(tiny_teacher, tiny_data, tmp_path, compiled):
 
 
 def with_mixer(name: str, **changes) -> Transformer:
-    """Full, then `name`, twice, with random weights far from their initial ones."""
+    """Full, then `name`, twice, no weight at its initial value."""
     kind = "sliding_attention" if name == "sliding_window" else "linear_attention"
     model = hybrid(
         layer_types=["full_attention", kind] * 2, mixer=[name] * 2 if kind[0] == "l" else [],
@@ -107,7 +107,7 @@ def with_mixer(name: str, **changes) -> Transformer:
     generator = torch.Generator().manual_seed(5)
     with torch.no_grad():
         for p in model.parameters():
-            p.add_(torch.randn(p.shape, generator=generator) * 0.05)
+            p.add_(torch.randn(p.shape, generator=generator) * 0.02)
     set_kernels(model, resolve_kernels(model.config, "auto", CUDA))
     return model
 
@@ -116,7 +116,7 @@ every_mixer = pytest.mark.parametrize("name", MIXERS)
 
 
 @every_mixer
-def test_every_mixer_equals_the_cpu(name, tiny_data):
+def test_every_mixer_equals_the_cpu(untimed_kernels, name, tiny_data):
     """Packed documents in bfloat16 on its own kernel, against float32 on the CPU."""
     data = TokenDataset.open(tiny_data, "train")
     batch = eval_batches(data, seq_len=160, max_tokens=480, micro_batch=3)[0]
@@ -132,7 +132,7 @@ def test_every_mixer_equals_the_cpu(name, tiny_data):
 
 
 @every_mixer
-def test_no_graph_break_in_a_block(name, tiny_data):
+def test_no_graph_break_in_a_block(untimed_kernels, name, tiny_data):
     data = TokenDataset.open(tiny_data, "train")
     batch = eval_batches(data, seq_len=160, max_tokens=480, micro_batch=3)[0].to(CUDA)
     model = with_mixer(name).to(CUDA)
@@ -144,20 +144,20 @@ def test_no_graph_break_in_a_block(name, tiny_data):
             block.compile(fullgraph=True)
         actual = model(**inputs(batch))
     actual.float().square().mean().backward()
-    assert rms_ratio(actual, expected) <= 2e-2
+    assert rms_ratio(actual, expected) <= 5e-2  # rounding
 
 
 @every_mixer
-def test_a_recorded_step_decodes_the_same(name):
-    """Compiled and recorded as a CUDA graph, against plain calls."""
-    model = for_decoding(with_mixer(name).to(CUDA).eval())
+def test_a_recorded_step_decodes_the_same(untimed_kernels, name):
+    """Compiled and recorded as a CUDA graph, against plain calls: float32, for compiled code rounds
+    less often to bfloat16 than PyTorch's operations, which is 2e-2 on these weights."""
+    model = with_mixer(name).to(CUDA).eval()
     compile_blocks(model)
     prompts = [[1, 2, 3, 4, 5] * 20, [7], [8, 9]]
-    with torch.autocast("cuda", torch.bfloat16):
-        plain, recorded = Decoder(model), Decoder(model, 160, graph=True, compiled=True)
-        first = plain.prefill(prompts)
-        assert rms_ratio(recorded.prefill(prompts), first) <= 1e-3
-        for i in range(30):
-            tokens = torch.tensor([i, 40 + i, 80 + i], device=CUDA)
-            expected = plain.step(tokens)
-            assert rms_ratio(recorded.step(tokens), expected) <= 2e-2, i
+    plain, recorded = Decoder(model), Decoder(model, 160, graph=True, compiled=True)
+    first = plain.prefill(prompts)
+    assert rms_ratio(recorded.prefill(prompts), first) <= 1e-3
+    for i in range(30):
+        tokens = torch.tensor([i, 40 + i, 80 + i], device=CUDA)
+        expected = plain.step(tokens)
+        assert rms_ratio(recorded.step(tokens), expected) <= 1e-3, i

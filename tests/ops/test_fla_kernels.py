@@ -325,19 +325,6 @@ def on_gpu(test):
     return test
 
 
-@pytest.fixture
-def quick(monkeypatch):
-    """Tuned configurations where there are some; else the first of each kernel, untimed."""
-    from triton.runtime.autotuner import Autotuner
-
-    from ops.tuned import use_tuned
-
-    use_tuned(torch.device("cuda"))
-    prune = Autotuner.prune_configs
-    monkeypatch.setattr(Autotuner, "prune_configs", lambda self, k: prune(self, k)[:1])
-    monkeypatch.setattr(Autotuner, "_bench", lambda self, *args, **kwargs: [0.0] * 3)
-
-
 # Key size, value size, heads: the heads of scripts/tune_kernels.py, whose compiled kernels serve.
 SIZES = {"64": (64, 64, 9), "128": (128, 128, 12), "96": (96, 96, 8), "64x128": (64, 128, 9)}
 # No power of two: masked tiles. Key and value differ, and short keys are padded to 128 on Hopper.
@@ -358,7 +345,7 @@ def gpu_inputs(variant, length, size, **kwargs):
 @pytest.mark.parametrize(
     ("variant", "size"), [(v, size) for v in VARIANTS for size in ("64", "128")] + MORE_SIZES
 )
-def test_packed_states_on_gpu(quick, variant, size):
+def test_packed_states_on_gpu(untimed_kernels, variant, size):
     """dg is the least exact, 4e-3 to 6e-3: fla adds up <state, its gradient> in bfloat16 there."""
     op = variant.split()[0]
     x, state = gpu_inputs(variant, BOUNDS[-1], size, states=len(BOUNDS) - 1)
@@ -370,7 +357,7 @@ def test_packed_states_on_gpu(quick, variant, size):
 @on_gpu
 @pytest.mark.parametrize("size", ["64", "128"])
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_lengths_on_gpu(quick, variant, size):
+def test_lengths_on_gpu(untimed_kernels, variant, size):
     op = variant.split()[0]
     errors = []
     for length in (1, 63, 200):
@@ -388,7 +375,7 @@ def test_lengths_on_gpu(quick, variant, size):
 
 @on_gpu
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_compiled_on_gpu(quick, variant):
+def test_compiled_on_gpu(untimed_kernels, variant):
     key, value, heads = SIZES["64"]
     check_compiled(
         variant, "inductor", "cuda", torch.bfloat16, key_dim=key, value_dim=value, heads=heads,
@@ -398,7 +385,7 @@ def test_compiled_on_gpu(quick, variant):
 
 @on_gpu
 @pytest.mark.parametrize("variant", [v for v in VARIANTS if v != "delta_rule"])
-def test_float32_on_gpu(quick, variant):
+def test_float32_on_gpu(untimed_kernels, variant):
     """Triton multiplies float32 in TF32: ten bits more than bfloat16 keeps, not all 24."""
     op = variant.split()[0]
     x, state = gpu_inputs(variant, BOUNDS[-1], "64", states=len(BOUNDS) - 1)
@@ -408,7 +395,7 @@ def test_float32_on_gpu(quick, variant):
 
 
 @on_gpu
-def test_one_wait_per_batch(quick, monkeypatch):
+def test_one_wait_per_batch(untimed_kernels, monkeypatch):
     """Layers that share a `cu_seqlens` share its chunk table, compiled and backward too."""
     from fla.ops.utils import index
 

@@ -145,7 +145,7 @@ def test_mamba_ssm_form_packed(fake_mamba_ssm):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("kernel", ["fla", "mamba_ssm"])
-def test_triton_forms_on_a_gpu(kernel, packed):
+def test_triton_forms_on_a_gpu(untimed_kernels, kernel, packed):
     pytest.importorskip(kernel)
     random, bounds = draw(0), [0, 1, 130, 300, 300]
     x = {"x": random(1, 300, 4, 64), "dt": F.softplus(random(1, 300, 4) - 2)}
