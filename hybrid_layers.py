@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from config import ModelConfig, UserError
+from layers import ShortConvolution
 from mixers.deltanet import DeltaNet
 from mixers.gated_deltanet import GatedDeltaNet
 from mixers.gla import GatedLinearAttention
@@ -29,7 +30,7 @@ from mixers.rwkv6 import RWKV6
 from mixers.rwkv7 import RWKV7
 from mixers.sliding_window import SlidingWindow
 from ops.fla_kernels import check_head_size
-from ops.kernels import resolve_kernel
+from ops.kernels import PACKAGES, resolve_kernel
 from ops.tuned import use_tuned
 
 MIXERS: dict[str, type[nn.Module]] = {
@@ -184,10 +185,15 @@ def resolve_kernels(
 
 
 def set_kernels(model: nn.Module, kernels: dict[str, str]) -> None:
-    """Every linear mixer's kernel, by mixer name (`resolve_kernels`)."""
+    """Every linear mixer's kernel, by mixer name (`resolve_kernels`); beside Triton's recurrences
+    the short convolutions run in Triton too."""
     for i, block in enumerate(model.layers):
         if block.kind == "linear_attention":
-            block.linear_attn.kernel = kernels[model.config.mixer_name(i)]
+            kernel = kernels[model.config.mixer_name(i)]
+            block.linear_attn.kernel = kernel
+            for m in block.linear_attn.modules():
+                if isinstance(m, ShortConvolution):
+                    m.kernel = "triton" if kernel in PACKAGES else "plain"
 
 
 def use_kernels(model: nn.Module, kernels: dict[str, str], device: torch.device) -> str:

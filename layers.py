@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from config import ModelConfig
+from ops.short_conv import KERNELS as SHORT_CONVOLUTIONS
 
 
 class RMSNorm(nn.Module):
@@ -252,12 +253,13 @@ def token_shift(x: Tensor, seq: SeqInfo, held: Tensor | None = None) -> Tensor:
 
 
 class ShortConvolution(nn.Module):
-    """Causal depthwise convolution: y_t = sum_j weight[:, 0, W - 1 - j] x_{t-j}, per document."""
+    """Causal depthwise convolution and SiLU (ops/short_conv.py): [B, T, C] -> [B, T, C]."""
 
     def __init__(self, channels: int, taps: int, bias: bool = False):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(channels, 1, taps))
         self.bias = nn.Parameter(torch.empty(channels)) if bias else None
+        self.kernel = "plain"  # `hybrid_layers.set_kernels` sets triton
 
     def init_weights(self) -> None:
         nn.init.kaiming_uniform_(self.weight, a=math.sqrt(5))
@@ -265,19 +267,9 @@ class ShortConvolution(nn.Module):
             nn.init.zeros_(self.bias)
 
     def forward(self, x: Tensor, seq: SeqInfo, held: Tensor | None = None) -> Tensor:
-        """x [B, T, C]; held [B, W - 1, C]: the inputs before x (see `last_tokens`)."""
-        taps, length = self.weight.shape[-1], x.shape[1]
-        if held is None:
-            held = x.new_zeros(x.shape[0], taps - 1, x.shape[2])
-        padded = torch.cat([held.to(x.dtype), x], 1)
-        weight = self.weight[:, 0].to(x.dtype)
-        y = x * weight[:, -1]
-        for j in range(1, taps):
-            past = padded[:, taps - 1 - j : taps - 1 - j + length] * weight[:, -1 - j]
-            if seq.cu_seqlens is not None:  # positions cut the taps at document starts
-                past = past * (seq.positions >= j).unsqueeze(-1)
-            y = y + past
-        return y if self.bias is None else y + self.bias.to(y.dtype)
+        """held [B, W - 1, C]: the inputs before x (see `last_tokens`)."""
+        positions = None if seq.cu_seqlens is None else seq.positions
+        return SHORT_CONVOLUTIONS[self.kernel](x, self.weight, self.bias, positions, held)
 
 
 # ---- softmax attention

@@ -143,13 +143,13 @@ class LinearMixer(nn.Module, ABC):
     def convolved(
         self, x: Tensor, seq: SeqInfo, held: dict[str, Tensor], keep: bool
     ) -> tuple[Tensor, Tensor, Tensor, dict[str, Tensor]]:
-        """SiLU(conv(projection)) of q, k [B, T, H, K] and v [B, T, J, V], and the inputs kept."""
+        """q, k [B, T, H, K] and v [B, T, J, V], projected and convolved, and the inputs kept."""
         out, kept = [], {}
         for what, size in (("q", self.key_dim), ("k", self.key_dim), ("v", self.value_dim)):
             conv, y = getattr(self, f"{what}_conv1d"), getattr(self, f"{what}_proj")(x)
             if keep:
                 kept[what] = last_tokens(y, conv.weight.shape[-1] - 1, seq, held.get(what))
-            out.append(F.silu(conv(y, seq, held.get(what))).unflatten(-1, (-1, size)))
+            out.append(conv(y, seq, held.get(what)).unflatten(-1, (-1, size)))
         return *out, kept
 
     # ---- transfer from softmax attention

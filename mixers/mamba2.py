@@ -84,7 +84,7 @@ class Mamba2(LinearMixer):
         kept = {}
         if keep:
             kept["xBC"] = last_tokens(xbc, self.conv1d.weight.shape[-1] - 1, seq, held.get("xBC"))
-        xbc = F.silu(self.conv1d(xbc, seq, held.get("xBC")))
+        xbc = self.conv1d(xbc, seq, held.get("xBC"))
         u, b, c = xbc.split([sizes["x"], sizes["B"], sizes["C"]], -1)
         u, b, c = u.unflatten(-1, (-1, self.value_dim)), self.heads(b), self.heads(c)
         if self.rope:

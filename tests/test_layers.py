@@ -139,23 +139,6 @@ def make_conv(taps):
     return conv
 
 
-@pytest.mark.parametrize("taps", [1, 2, 4])
-@pytest.mark.parametrize("length", [1, 2, 33])
-def test_short_convolution_equals_conv1d(taps, length):
-    conv, x = make_conv(taps), randn(2, length, 5).requires_grad_()
-    y = conv(x, sequence(length))
-    expected = F.conv1d(F.pad(x.mT, (taps - 1, 0)), conv.weight, groups=5).mT
-    compare(y, expected, [x, conv.weight])
-
-
-def test_short_convolution_bias():
-    conv, x = ShortConvolution(5, 4, bias=True).double(), randn(2, 9, 5)
-    conv.init_weights()
-    plain = conv(x, sequence(9))
-    torch.nn.init.constant_(conv.bias, 0.5)
-    assert_close_rms(conv(x, sequence(9)), plain + 0.5)
-
-
 @pytest.mark.parametrize("taps", [1, 4])
 def test_short_convolution_carries_its_inputs(taps):
     """Also in pieces shorter than what is held."""
@@ -166,13 +149,6 @@ def test_short_convolution_carries_its_inputs(taps):
         held = last_tokens(x[:, a:b], taps - 1, sequence(b - a), held)
         assert held.shape == (2, taps - 1, 5)
     assert_close_rms(torch.cat(outs, 1), conv(x, sequence(17)))
-
-
-def test_short_convolution_stops_at_documents():
-    conv, x = make_conv(4), randn(1, 27, 5).requires_grad_()
-    y = conv(x, sequence(27, BOUNDS))
-    alone = [conv(x[:, a:b], sequence(b - a)) for a, b in itertools.pairwise(BOUNDS) if b > a]
-    compare(y, torch.cat(alone, 1), [x, conv.weight])
 
 
 def test_token_shift_and_last_tokens_of_documents():
