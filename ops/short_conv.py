@@ -3,8 +3,8 @@
     z_t = b + sum_{j < W} w[:, W - 1 - j] x_{t - j},   y_t = SiLU(z_t)
 
 with x before the start of a document taken as zero. `plain_short_conv` is PyTorch (any device, one
-fused kernel when compiled); `triton_short_conv` is a forward and a backward Triton kernel (CUDA),
-each of which reads its inputs once from memory; the backward computes z again and keeps nothing.
+fused kernel when compiled); `triton_short_conv` is one Triton kernel forward and two backward
+(CUDA), each of which reads its inputs once from memory; z is computed again, nothing is kept.
 Check: `pytest tests/ops/test_short_conv.py`, which runs the Triton code on a CPU too, interpreted.
 Shapes: B batch, T time, C channels, W taps.
 """
@@ -45,21 +45,21 @@ def plain_short_conv(
 
 
 @functools.cache
-def kernels() -> tuple:
-    """The two Triton kernels. Imported here, for Triton is missing where there is no CUDA."""
+def kernels():
+    """The module of the Triton kernels. Triton is missing where there is no CUDA."""
     from ops import short_conv_kernels
 
-    return short_conv_kernels.short_conv_forward, short_conv_kernels.short_conv_backward
+    return short_conv_kernels
 
 
 def _launch(x: Tensor, positions: Tensor | None) -> tuple[Tensor, tuple[int, int], dict]:
-    """x with contiguous channels, the grid, and what both kernels are told."""
+    """x with contiguous channels, the grid, and what all kernels are told."""
     x = x if x.stride(-1) == 1 and x.stride(0) == x.shape[1] * x.stride(1) else x.contiguous()
     assert positions is None or (positions.shape == x.shape[:2] and positions.is_contiguous())
     batch, length, channels = x.shape
     grid = (-(-batch * length // ROWS), -(-channels // CHANNELS))
     told = {
-        "rows": batch * length, "length": length, "stride": x.stride(1), "C": channels,
+        "positions": positions, "rows": batch * length, "length": length, "C": channels,
         "PACKED": positions is not None, "ROWS": ROWS, "CHANNELS": CHANNELS, "num_warps": WARPS,
     }  # fmt: skip
     return x, grid, told
@@ -70,9 +70,9 @@ def _forward(x: Tensor, weight: Tensor, bias: Tensor | None, positions: Tensor |
     x, grid, told = _launch(x, positions)
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     with torch.cuda.device_of(x):
-        kernels()[0][grid](
-            x, weight.contiguous(), bias, positions, y, W=weight.shape[-1], BIAS=bias is not None,
-            **told,
+        kernels().short_conv_forward[grid](
+            x, weight.contiguous(), bias, y=y, stride=x.stride(1), W=weight.shape[-1],
+            BIAS=bias is not None, **told,
         )  # fmt: skip
     return y
 
@@ -88,15 +88,16 @@ def _backward(
 ) -> tuple[Tensor, Tensor]:
     """The gradient of x, and those of the taps and the bias [W + 1, C] in float32."""
     x, grid, told = _launch(x, positions)
-    taps, channels = weight.shape[-1], x.shape[-1]
-    dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    taps, channels, weight = weight.shape[-1], x.shape[-1], weight.contiguous()
+    dz, dx = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for _ in range(2))
     # One partial sum a program, added up by PyTorch: the same order in every run.
     partial = torch.empty(grid[0], taps + 1, channels, dtype=torch.float32, device=x.device)
     with torch.cuda.device_of(x):
-        kernels()[1][grid](
-            dy.contiguous(), x, weight.contiguous(), bias, positions, dx, partial, W=taps,
+        kernels().short_conv_backward_z[grid](
+            dy.contiguous(), x, weight, bias, dz=dz, partial=partial, stride=x.stride(1), W=taps,
             BIAS=bias is not None, **told,
         )  # fmt: skip
+        kernels().short_conv_backward_x[grid](dz, weight, dx=dx, W=taps, **told)
     return dx, partial.sum(0)
 
 

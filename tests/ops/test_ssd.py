@@ -169,3 +169,26 @@ def test_triton_forms_on_a_gpu(untimed_kernels, kernel, packed):
         results.append([y, *([] if packed else [final]), *grads])
     for actual, expected in zip(*results, strict=True):
         assert_close_rms(actual, expected, TOLERANCE[torch.bfloat16])
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+def test_mamba_ssm_compiled_on_a_gpu(untimed_kernels):
+    """A block around it compiles, and computes the same."""
+    pytest.importorskip("mamba_ssm")
+    random = draw(0)
+    x = {"x": random(1, 300, 4, 64), "dt": F.softplus(random(1, 300, 4) - 2)}
+    x |= {n: 0.3 * random(1, 300, 2, 32) for n in "BC"} | {"A": -random(4).exp(), "D": random(4)}
+    x = {n: t.cuda().to(torch.bfloat16 if n in "xBC" else torch.float32) for n, t in x.items()}
+    x = {n: t.requires_grad_() for n, t in x.items()}
+    cu_seqlens = torch.tensor([0, 1, 130, 300, 300], dtype=torch.int32, device="cuda")
+
+    def block(**x):
+        return KERNELS["mamba_ssm"](**x, cu_seqlens=cu_seqlens)[0] * 2
+
+    results = []
+    for run in (torch.compile(block), block):
+        y = run(**x)
+        results.append([y, *torch.autograd.grad(y.float().square().sum(), list(x.values()))])
+    for actual, expected in zip(*results, strict=True):
+        assert_close_rms(actual, expected, TOLERANCE[torch.bfloat16])
