@@ -200,8 +200,10 @@ def use_kernels(model: nn.Module, kernels: dict[str, str], device: torch.device)
     """Set every linear mixer's kernel and switch on this GPU's tuned configurations; what to say
     about it on the console."""
     set_kernels(model, kernels)
-    each = ", ".join(f"{mixer} {kernel}" for mixer, kernel in kernels.items())
-    line = f"linear kernel: {each or 'none'}"
+    line = ", ".join(f"{mixer} {kernel}" for mixer, kernel in kernels.items())
+    line = f"linear kernel: {line or 'none'}"
+    if any(isinstance(m, ShortConvolution) and m.kernel == "triton" for m in model.modules()):
+        line += ", short convolution triton"
     return f"{line}; {use_tuned(device)}" if "fla" in kernels.values() else line
 
 

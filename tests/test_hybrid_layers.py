@@ -8,6 +8,7 @@ import pytest
 import torch
 from kit import assert_close_rms, logits, random_ids, tiny_config, tiny_model
 
+import hybrid_layers
 from config import UserError
 from hybrid_layers import (
     MIXERS,
@@ -18,6 +19,7 @@ from hybrid_layers import (
     mixer_names,
     mixer_parameters,
     resolve_kernels,
+    use_kernels,
 )
 from ops import kernels
 
@@ -288,6 +290,18 @@ def test_kernels_without_a_gpu():
     }
     with pytest.raises(UserError, match="--kernel: fla found, but it needs CUDA"):
         resolve_kernels(config, "fla", torch.device("cpu"))
+
+
+def test_short_convolutions_follow_the_kernel(monkeypatch):
+    monkeypatch.setattr(hybrid_layers, "use_tuned", lambda device: "tuned kernels: none")
+    model, device = tiny_model("FLL", mixer=["gla", "mamba2"]), torch.device("cpu")
+    for kernel, conv in (("fla", "triton"), ("chunk", "plain"), ("mamba_ssm", "triton")):
+        line = use_kernels(model, {"gla": "chunk", "mamba2": kernel}, device)
+        assert model.layers[1].linear_attn.kernel == "chunk"
+        assert model.layers[2].linear_attn.kernel == kernel
+        assert model.layers[2].linear_attn.conv1d.kernel == conv
+        assert line.startswith(f"linear kernel: gla chunk, mamba2 {kernel}")
+        assert ("short convolution triton" in line) == (conv == "triton")
 
 
 def test_hedgehog_features_double_the_key_size():

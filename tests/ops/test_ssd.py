@@ -187,8 +187,8 @@ def test_mamba_ssm_compiled_on_a_gpu(untimed_kernels):
         return KERNELS["mamba_ssm"](**x, cu_seqlens=cu_seqlens)[0] * 2
 
     results = []
-    for run in (torch.compile(block), block):
-        y = run(**x)
+    for form in (torch.compile(block), block):
+        y = form(**x)
         results.append([y, *torch.autograd.grad(y.float().square().sum(), list(x.values()))])
     for actual, expected in zip(*results, strict=True):
         assert_close_rms(actual, expected, TOLERANCE[torch.bfloat16])
