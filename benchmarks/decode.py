@@ -23,7 +23,8 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks.mixers import about, label, plot
+from benchmarks.common import about
+from benchmarks.mixers import label, plot
 from config import ModelConfig, parse_layers
 from distributed import compile_blocks
 from generate import Decoder, for_decoding

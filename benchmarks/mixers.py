@@ -17,8 +17,6 @@ from __future__ import annotations
 import argparse
 import copy
 import json
-import statistics
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -27,6 +25,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from benchmarks.common import about, clock
 from config import ModelConfig
 from generate import for_decoding
 from hybrid_layers import MIXERS, resolve_kernels, set_kernels
@@ -34,8 +33,6 @@ from layers import attention_kernel, sdpa_priority
 from metrics import console_table
 from model import Transformer
 from ops.tuned import use_tuned
-
-ROOT = Path(__file__).resolve().parent.parent
 
 
 def layer_of(name: str, args) -> Transformer:
@@ -55,25 +52,6 @@ def layer_of(name: str, args) -> Transformer:
     model.to(args.device)
     set_kernels(model, resolve_kernels(config, args.kernel, torch.device(args.device)))
     return model
-
-
-def clock(work, args) -> float:
-    """Median seconds of `work()`."""
-    cuda = args.device == "cuda"
-    times = []
-    for _ in range(args.repeats):
-        if cuda:
-            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            begin.record()
-            work()
-            end.record()
-            end.synchronize()
-            times.append(begin.elapsed_time(end) / 1e3)
-        else:
-            start = time.perf_counter()
-            work()
-            times.append(time.perf_counter() - start)
-    return statistics.median(times)
 
 
 def amp(args):
@@ -110,7 +88,7 @@ def train_speed(model: Transformer, context: int, args) -> dict:
     before = torch.cuda.memory_allocated() if args.device == "cuda" else 0
     if args.device == "cuda":
         torch.cuda.reset_peak_memory_stats()
-    seconds = clock(step, args)
+    seconds = clock(step, args.device, args.repeats)
     peak = torch.cuda.max_memory_allocated() - before if args.device == "cuda" else 0
     return {"train_tok_s": args.tokens / seconds, "peak_bytes": peak, "first_step_s": first}
 
@@ -143,7 +121,7 @@ def decode_speed(model: Transformer, context: int, args) -> dict:
         with torch.cuda.graph(graph):
             step()
         graph.replay()
-    seconds = clock(graph.replay if cuda else step, args)
+    seconds = clock(graph.replay if cuda else step, args.device, args.repeats)
     return {"decode_tok_s": args.batch / seconds, "state_bytes": held}
 
 
@@ -157,7 +135,7 @@ def softmax_kernel(args) -> str:
 def measure(args) -> dict:
     """Every mixer at every context."""
     names = ["softmax", *MIXERS] if args.mixers == "all" else args.mixers.split(",")
-    results = {"about": about(args), "rows": []}
+    results = {"about": about(args, "mixers"), "rows": []}
     for name in names:
         model = layer_of(name, args)
         attention = model.layers[0].attention
@@ -179,19 +157,6 @@ def measure(args) -> dict:
         del model
         torch.compiler.reset()
     return results
-
-
-def about(args, script: str = "mixers") -> dict:
-    """Where and how it was measured."""
-    describe = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
-    commit = subprocess.run(describe, cwd=ROOT, capture_output=True, text=True).stdout.strip()
-    device = torch.cuda.get_device_name() if args.device == "cuda" else "CPU"
-    skip = ("json", "read", "plot", "device")
-    return {
-        "device": device, "torch": torch.__version__, "commit": commit or "no repository",
-        "command": f"python benchmarks/{script}.py " + " ".join(sys.argv[1:]),
-        **{name: value for name, value in vars(args).items() if name not in skip},
-    }  # fmt: skip
 
 
 def show(results: dict) -> None:

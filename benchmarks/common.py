@@ -1,0 +1,58 @@
+"""What the benchmarks share: a clock, peak memory, and where and how something was measured."""
+
+from __future__ import annotations
+
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from trainer import git_commit
+
+
+def clock(work: Callable, device: str, repeats: int) -> float:
+    """Median seconds of `work()`, by the device's own clock on CUDA. Nothing is run before."""
+    times = []
+    for _ in range(repeats):
+        if device == "cuda":
+            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            begin.record()
+            work()
+            end.record()
+            end.synchronize()
+            times.append(begin.elapsed_time(end) / 1e3)
+        else:
+            start = time.perf_counter()
+            work()
+            times.append(time.perf_counter() - start)
+    return statistics.median(times)
+
+
+def extra_memory(work: Callable, device: str) -> int:
+    """Bytes that `work()` needs at its peak beyond what is allocated before; 0 off CUDA."""
+    if device != "cuda":
+        work()
+        return 0
+    torch.cuda.synchronize()
+    torch.cuda.empty_cache()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    work()
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated() - before
+
+
+def about(args, script: str) -> dict:
+    """Device, version, commit, command and settings of a measurement."""
+    device = torch.cuda.get_device_name() if args.device == "cuda" else "CPU"
+    skip = ("json", "read", "plot", "device")
+    return {
+        "device": device, "torch": torch.__version__, "commit": git_commit() or "no repository",
+        "command": f"python benchmarks/{script}.py " + " ".join(sys.argv[1:]),
+        **{name: value for name, value in vars(args).items() if name not in skip},
+    }  # fmt: skip
