@@ -28,16 +28,20 @@ class HeadLoss(nn.Module):
     """The student with its loss as one module, which is what DDP wraps."""
 
     def __init__(self, student: Transformer, teacher: Transformer | None, stage: StageConfig,
-                 first: int):  # fmt: skip
+                 first: int, unit_grad: bool):  # fmt: skip
         super().__init__()
         self.student, self.stage, self.first = student, stage, first
+        self.unit_grad = unit_grad  # see ops/kd_head.py
         self._teacher = (teacher,)  # in a tuple: not a submodule, never trained or saved
 
     def forward(self, batch: Batch, normalizer: Tensor):
         stage, teacher = self.stage, self._teacher[0]
         if teacher is None or stage.kd_weight == 0:
             hidden = self.student(**inputs(batch))
-            return ce_head(hidden, self.student.head_weight, batch.labels, normalizer=normalizer)
+            return ce_head(
+                hidden, self.student.head_weight, batch.labels, normalizer=normalizer,
+                unit_grad=self.unit_grad,
+            )  # fmt: skip
         start = {}
         with torch.no_grad():
             t_hidden = teacher(**inputs(batch), keep=self.first or None)
@@ -49,6 +53,7 @@ class HeadLoss(nn.Module):
             s_hidden, self.student.head_weight, t_hidden, teacher.head_weight, batch.labels,
             loss=stage.loss, temperature=stage.temperature, kd_weight=stage.kd_weight,
             ce_weight=stage.ce_weight, top_k=stage.top_k, normalizer=normalizer,
+            unit_grad=self.unit_grad,
         )  # fmt: skip
 
 
@@ -64,7 +69,8 @@ class HeadObjective:
         self.world = world
         self.mixers = mixer_parameters(student, layers).keys()
         self.params = {n: p for n, p in student.named_parameters() if p.requires_grad}
-        self.module = parallelize(HeadLoss(student, teacher, stage, first), world)
+        loss = HeadLoss(student, teacher, stage, first, unit_grad=world.size == 1)
+        self.module = parallelize(loss, world)
         self.names = ("ce",)
         if teacher is not None and stage.kd_weight:
             self.names = ("kl", "ce") if stage.ce_weight else ("kl",)

@@ -4,30 +4,35 @@ For N tokens and a vocabulary of V the full logits of a teacher and a student, t
 their gradients are several [N, V] tensors: 20 GiB at N=8192, V=152k. Here tokens go through in
 chunks. The gradient with respect to a chunk's logits has a closed form, so the forward computes
 it at once, multiplies it into dh and dW, and drops the chunk: nothing of [N, V] is ever allocated
-and the backward is a multiplication by the incoming scalar.
+and the backward is a multiplication by the incoming scalar, or nothing.
 
     python -m pytest tests/ops/test_kd_head.py
 
-`kd_chunk` is the seam for a faster kernel: a chunk's logits in, losses and dlogits out.
+Two forms: PyTorch operations on logits in float32 (ops/kd_chunk.py), anywhere; and on CUDA, without
+top_k, a Triton kernel (ops/kd_kernels.py) on logits in the matmul's own dtype, whose gradient takes
+the place of the student's logits. Evaluation has float32 logits in both.
 
-Shapes: N tokens, C tokens of one chunk, V common vocabulary, K entries compared (V, or top_k),
-H hidden size. p is the student's distribution and q the teacher's, both at temperature T.
+Shapes: N tokens, C tokens of one chunk, V common vocabulary, H hidden size.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import functools
+import importlib.util
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ops.kd_chunk import LOSSES, HeadOptions, kd_chunk
+
 IGNORE_INDEX = -100  # label of padding and document tails, as in torch.nn.functional.cross_entropy
 
-# Bytes of one [C, V] buffer in the loss dtype; about four are alive at once. CUDA wants few large
-# matmuls; on CPU, larger buffers cost fresh pages from the system at every allocation.
-CHUNK_BYTES = {"cuda": 256 * 2**20, "cpu": 64 * 2**20}
+# Bytes of one [C, V] buffer. CUDA wants few large matmuls; on CPU, larger buffers cost fresh pages
+# from the system at every allocation. About four are alive at once in PyTorch, two with Triton.
+CHUNK_BYTES = {"cuda": 256 * 2**20, "cpu": 64 * 2**20, "triton": 640 * 2**20}
+BLOCK, WARPS = 4096, 8  # of the Triton kernel: entries of a row at a time
 
 
 @dataclass
@@ -46,145 +51,6 @@ class HeadOutput:
     count: Tensor  # valid tokens, int64
 
 
-@dataclass(frozen=True)
-class HeadOptions:
-    """Settings of a head that are the same for all of its chunks; see `kd_head`."""
-
-    loss: str = "forward_kl"
-    temperature: float = 1.0
-    kd_weight: float = 1.0
-    ce_weight: float = 0.0
-    top_k: int = 0
-    js_beta: float = 0.5
-    chunk_size: int = 0
-    with_metrics: bool = False
-
-
-# --- divergences: [C, K] log-probabilities (mse: logits) -> value [C], gradient [C, K] or None.
-# They own their first two arguments and overwrite them: a [C, K] buffer is what memory is made of.
-
-
-def _forward_kl(log_p: Tensor, log_q: Tensor, beta: float, with_grad: bool):
-    """KL(q || p) = sum q (log q - log p); d/da = p - q, with p = softmax(a)."""
-    q = log_q.exp()
-    # The difference of the logs comes first: sum q log q - sum q log p would cancel near p = q.
-    value = log_q.sub_(log_p).mul_(q).sum(-1)
-    return value, log_p.exp_().sub_(q) if with_grad else None
-
-
-def _reverse_kl(log_p: Tensor, log_q: Tensor, beta: float, with_grad: bool):
-    """KL(p || q) = sum p r with r = log p - log q; d/da = p (r - KL)."""
-    ratio = torch.sub(log_p, log_q, out=log_q)
-    p = log_p.exp_()
-    weighted = ratio.mul_(p)
-    value = weighted.sum(-1)
-    return value, weighted.addcmul_(p, value[:, None], value=-1.0) if with_grad else None
-
-
-def _js(log_p: Tensor, log_q: Tensor, beta: float, with_grad: bool):
-    """beta KL(q || m) + (1 - beta) KL(p || m), m = beta q + (1 - beta) p.
-
-    With u = log p - log m: d/da = (1 - beta) p (u - KL(p || m)).
-    """
-    q = log_q.exp()
-    # log q - log m = -log(beta + (1 - beta) e^r) with r = log p - log q. Exact at r = 0, and
-    # beyond |r| = 80 the term that the clamp changes has a weight below e^-80.
-    ratio = torch.sub(log_p, log_q, out=log_q).clamp_(-80.0, 80.0)
-    p = log_p.exp_()
-    q_over_m = torch.expm1(ratio).mul_(1.0 - beta).log1p_().neg_()
-    p_over_m = ratio.add_(q_over_m)
-    kl_q = q.mul_(q_over_m).sum(-1)
-    weighted = p_over_m.mul_(p)
-    kl_p = weighted.sum(-1)
-    value = beta * kl_q + (1.0 - beta) * kl_p
-    if not with_grad:
-        return value, None
-    return value, weighted.addcmul_(p, kl_p[:, None], value=-1.0).mul_(1.0 - beta)
-
-
-def _mse(a: Tensor, b: Tensor, beta: float, with_grad: bool):
-    """mean over the K entries of (a - b)^2."""
-    diff = a.sub_(b)
-    # vector_norm, since square().mean() would allocate another [C, K].
-    value = torch.linalg.vector_norm(diff, dim=-1).square() / diff.shape[-1]
-    return value, diff.mul_(2.0 / diff.shape[-1]) if with_grad else None
-
-
-LOSSES: dict[str, Callable] = {
-    "forward_kl": _forward_kl,
-    "reverse_kl": _reverse_kl,
-    "js": _js,
-    "mse": _mse,
-}
-
-
-@dataclass
-class ChunkOutput:
-    kd: Tensor | None  # [C]; None without a teacher
-    ce: Tensor  # [C]
-    teacher_ce: Tensor | None  # [C]; None unless with_metrics
-    agree: Tensor | None  # [C] bool; None unless with_metrics
-    dlogits: Tensor | None  # [C, V] of kd_weight * kd + ce_weight * ce; None without with_grad
-
-
-def kd_chunk(
-    student_logits: Tensor,
-    teacher_logits: Tensor | None,
-    labels: Tensor,
-    options: HeadOptions,
-    with_grad: bool,
-) -> ChunkOutput:
-    """Losses and dlogits of one chunk of tokens; the logits are consumed (overwritten).
-
-    student_logits, teacher_logits: [C, V], float32 or float64; labels: [C] int64 in [0, V).
-    """
-    o = options
-    index = labels[:, None]
-    teacher_ce = agree = None
-    if o.with_metrics and teacher_logits is not None:
-        agree = student_logits.argmax(-1) == teacher_logits.argmax(-1)
-        teacher_ce = -teacher_logits.log_softmax(-1).gather(-1, index).squeeze(-1)
-
-    log_p1 = student_logits.log_softmax(-1)  # [C, V], at temperature 1
-    ce = -log_p1.gather(-1, index).squeeze(-1)
-    dlogits = kd = None
-    if with_grad and o.ce_weight != 0:
-        dlogits = log_p1.exp_() if teacher_logits is None else log_p1.exp()
-        dlogits.scatter_add_(-1, index, dlogits.new_full((1, 1), -1.0).expand_as(index))
-        dlogits = dlogits if o.ce_weight == 1 else dlogits.mul_(o.ce_weight)
-    if teacher_logits is None:
-        return ChunkOutput(kd, ce, teacher_ce, agree, dlogits)
-
-    vocab, top = student_logits.shape[-1], None
-    student, teacher = student_logits, teacher_logits
-    del student_logits, teacher_logits
-    if 0 < o.top_k < vocab:
-        top = teacher.topk(o.top_k, dim=-1).indices
-        student, teacher = student.gather(-1, top), teacher.gather(-1, top)
-    if o.temperature != 1:
-        student.div_(o.temperature)
-        teacher.div_(o.temperature)
-    if o.loss != "mse":
-        teacher = teacher.log_softmax(-1)
-        is_log_p1 = top is None and o.temperature == 1
-        student = log_p1 if is_log_p1 else student.log_softmax(-1)
-    del log_p1
-
-    kd, dkd = LOSSES[o.loss](student, teacher, o.js_beta, with_grad)
-    factor = o.kd_weight / o.temperature  # dlogits / d(logits / T)
-    if o.loss != "mse":
-        kd = kd * o.temperature**2
-        factor *= o.temperature**2
-    if with_grad:
-        dkd = dkd if factor == 1 else dkd.mul_(factor)
-        if top is not None:
-            base = dkd.new_zeros(dkd.shape[0], vocab) if dlogits is None else dlogits
-            dlogits = base.scatter_add_(-1, top, dkd)
-        else:
-            dlogits = dkd if dlogits is None else dlogits.add_(dkd)
-    return ChunkOutput(kd, ce, teacher_ce, agree, dlogits)
-
-
 # --- matrix products: operands in the matmul dtype, results in the loss dtype
 
 
@@ -197,6 +63,15 @@ def _mm(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
     if _has_mixed_mm(a, dtype):
         return torch.mm(a, b, out_dtype=dtype)
     return torch.mm(a, b).to(dtype)
+
+
+def _mm_into(out: Tensor, a: Tensor, b: Tensor) -> None:
+    if a.dtype == out.dtype:
+        torch.mm(a, b, out=out)
+    elif _has_mixed_mm(a, out.dtype):
+        torch.mm(a, b, out_dtype=out.dtype, out=out)
+    else:
+        out.copy_(torch.mm(a, b))
 
 
 def _addmm_(total: Tensor, a: Tensor, b: Tensor) -> None:
@@ -215,11 +90,24 @@ def _matmul_dtype(x: Tensor) -> torch.dtype:
     return x.dtype
 
 
-def _auto_chunk(n: int, vocab: int, dtype: torch.dtype, device_type: str) -> int:
+def _auto_chunk(n: int, row_bytes: int, kind: str) -> int:
     """Tokens a chunk: buffers of at most CHUNK_BYTES, and chunks of about equal size."""
-    limit = CHUNK_BYTES.get(device_type, CHUNK_BYTES["cpu"]) // (vocab * dtype.itemsize)
+    limit = CHUNK_BYTES.get(kind, CHUNK_BYTES["cpu"]) // row_bytes
     parts = -(-n // max(limit, 1))
-    return -(-n // max(parts, 1))
+    size = -(-n // max(parts, 1))
+    return -(-size // 128) * 128 if kind == "triton" else size  # whole tiles of a matmul
+
+
+@functools.cache
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+def uses_triton(h: Tensor, options: HeadOptions, dtypes: set[torch.dtype], vocab: int) -> bool:
+    """Whether the Triton kernel runs: on CUDA, in bfloat16 or float32, on the whole vocabulary."""
+    whole = options.top_k in (0, vocab) or options.top_k > vocab
+    supported = dtypes <= {torch.bfloat16, torch.float32} and len(dtypes) == 1
+    return h.is_cuda and whole and supported and _has_triton()
 
 
 class _Head(torch.autograd.Function):
@@ -231,70 +119,37 @@ class _Head(torch.autograd.Function):
         need_dh = grad_enabled and ctx.needs_input_grad[0]
         need_dw = grad_enabled and ctx.needs_input_grad[1]
         ctx.dtypes = (h_s.dtype, w_s.dtype)
+        ctx.unit_grad = options.unit_grad
         ctx.set_materialize_grads(False)
-        n = h_s.shape[0]
         vocab = w_s.shape[0] if w_t is None else min(w_s.shape[0], w_t.shape[0])
         dtype_s = _matmul_dtype(h_s)
-        dtype_t = None if w_t is None else _matmul_dtype(h_t)
-        dtype = torch.float64 if torch.float64 in (dtype_s, dtype_t) else torch.float32
-        chunk = options.chunk_size or _auto_chunk(n, vocab, dtype, h_s.device.type)
-
+        dtype_t = dtype_s if w_t is None else _matmul_dtype(h_t)
+        valid = labels != IGNORE_INDEX  # [N]
+        count = valid.sum()
+        normalizer = count if normalizer is None else normalizer
+        # Without a valid token every sum is 0, and so must the loss be.
+        divisor = torch.where(normalizer == 0, 1, normalizer)
+        run = _in_torch
+        if uses_triton(h_s, options, {dtype_s, dtype_t}, vocab):
+            run = _in_triton
         with torch.autocast(h_s.device.type, enabled=False):
+            masked = ~valid[:, None]
+            # Zeroing a masked token's hidden state keeps its logits finite whatever it was, and
+            # its share of dW exactly 0, for [N, H] of work and not [N, V].
+            x_s = h_s.masked_fill(masked, 0).to(dtype_s)
+            x_t = None if w_t is None else h_t.masked_fill(masked, 0).to(dtype_t)
             weight_s = w_s[:vocab].to(dtype_s)  # [V, Hs]; no copy when the dtype is right already
             weight_t = None if w_t is None else w_t[:vocab].to(dtype_t)  # [V, Ht]
-            dh = torch.empty(h_s.shape, dtype=dtype, device=h_s.device) if need_dh else None
-            dw = torch.zeros(w_s.shape, dtype=dtype, device=w_s.device) if need_dw else None
-            valid = labels != IGNORE_INDEX  # [N]
-            count = valid.sum()
-            known = (labels >= 0) & (labels < vocab)
-            kd_sum, ce_sum, teacher_ce_sum = torch.zeros(3, dtype=dtype, device=h_s.device)
-            agree_sum = torch.zeros_like(count)
-
-            for start in range(0, n, max(chunk, 1)):
-                rows = slice(start, start + chunk)
-                masked = ~valid[rows]
-                # Zeroing a masked token's hidden state keeps its logits finite whatever it was,
-                # and its share of dW exactly 0, for [C, H] of work and not [C, V].
-                x_s = h_s[rows].masked_fill(masked[:, None], 0).to(dtype_s)  # [C, Hs]
-                z_t = None
-                if weight_t is not None:
-                    x_t = h_t[rows].masked_fill(masked[:, None], 0).to(dtype_t)  # [C, Ht]
-                    z_t = _mm(x_t, weight_t.t(), dtype)  # [C, V]
-                out = kd_chunk(
-                    _mm(x_s, weight_s.t(), dtype),
-                    z_t,
-                    labels[rows].clamp(0, vocab - 1),
-                    options,
-                    need_dh or need_dw,
-                )
-                del z_t
-                ce = out.ce.masked_fill(~known[rows], torch.nan).masked_fill(masked, 0)
-                ce_sum += ce.sum()
-                if out.kd is not None:
-                    kd_sum += out.kd.masked_fill(masked, 0).sum()
-                if out.agree is not None:
-                    teacher_ce_sum += out.teacher_ce.masked_fill(masked, 0).sum()
-                    agree_sum += (out.agree & ~masked).sum()
-                if out.dlogits is None:
-                    continue
-                dz = out.dlogits.to(dtype_s)  # [C, V]
-                del out
-                if need_dh:
-                    dh[rows] = _mm(dz, weight_s, dtype).masked_fill_(masked[:, None], 0)
-                if need_dw:
-                    _addmm_(dw[:vocab], dz.t(), x_s)
-                del dz
-
-            normalizer = count if normalizer is None else normalizer
-            # Without a valid token every sum is 0, and so must the loss be.
-            divisor = torch.where(normalizer == 0, 1, normalizer).to(dtype)
-            loss = kd_sum * options.kd_weight
+            sums, grads, scaled = run(
+                x_s, w_s, weight_s, x_t, weight_t, labels, valid, divisor, options, need_dh, need_dw
+            )
+            kd, ce, teacher_ce, agree = sums
+            loss = kd * options.kd_weight
             if options.ce_weight != 0:  # ce may be NaN, and 0 * NaN is NaN
-                loss = loss + ce_sum * options.ce_weight
-            loss = loss / divisor
-
-        ctx.grads, ctx.divisor = (dh, dw), divisor
-        outputs = (kd_sum, ce_sum, teacher_ce_sum, agree_sum, count)
+                loss = loss + ce * options.ce_weight
+            loss = loss / divisor.to(kd.dtype)
+        ctx.grads, ctx.divisor = grads, None if scaled else divisor
+        outputs = (kd, ce, teacher_ce, agree.to(torch.int64), count)
         ctx.mark_non_differentiable(*outputs)
         return loss, *outputs
 
@@ -307,17 +162,120 @@ class _Head(torch.autograd.Function):
                 "kd_head: its gradients were already handed out; call the head again instead of "
                 "running backward twice on one graph"
             )
-        # Scaled in place, without asking whether grad_loss is 1 (that would be a host sync), and
-        # let go of, so that the weight's .grad can be this very tensor and not a copy.
-        scale = grad_loss / ctx.divisor
+        # Let go of, so that the weight's .grad can be this very tensor and not a copy. Whether
+        # grad_loss is 1 cannot be asked (that would be a host sync): unit_grad promises it.
         (dh, dw), ctx.grads = ctx.grads, None
-        return _scale(dh, scale, ctx.dtypes[0]), _scale(dw, scale, ctx.dtypes[1]), *(None,) * 6
+        if ctx.divisor is not None:
+            grad_loss = grad_loss / ctx.divisor
+        elif ctx.unit_grad:
+            grad_loss = None
+        return (
+            _scale(dh, grad_loss, ctx.dtypes[0]),
+            _scale(dw, grad_loss, ctx.dtypes[1]),
+            *((None,) * 6),
+        )
 
 
-def _scale(grad: Tensor | None, scale: Tensor, dtype: torch.dtype) -> Tensor | None:
-    if grad is None or grad.dtype == dtype:
-        return grad if grad is None else grad.mul_(scale)
+def _scale(grad: Tensor | None, scale: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    if grad is None or scale is None:
+        return grad if grad is None else grad.to(dtype)
+    if grad.dtype == dtype:
+        return grad.mul_(scale)
     return torch.mul(grad, scale, out=torch.empty_like(grad, dtype=dtype))
+
+
+def _in_torch(x_s, w_s, weight_s, x_t, weight_t, labels, valid, divisor, options, need_dh, need_dw):
+    """((kd, ce, teacher_ce, agree) summed, (dh, dW), False): the gradients are to be divided."""
+    n, vocab, device = x_s.shape[0], weight_s.shape[0], x_s.device
+    wide = torch.float64 in (x_s.dtype, None if x_t is None else x_t.dtype)
+    dtype = torch.float64 if wide else torch.float32
+    chunk = options.chunk_size or _auto_chunk(n, vocab * dtype.itemsize, device.type)
+    dh = torch.empty(x_s.shape, dtype=dtype, device=device) if need_dh else None
+    dw = torch.zeros(w_s.shape, dtype=dtype, device=device) if need_dw else None
+    known = (labels >= 0) & (labels < vocab)
+    sums = torch.zeros(4, dtype=dtype, device=device)
+    for start in range(0, n, max(chunk, 1)):
+        rows = slice(start, start + chunk)
+        masked = ~valid[rows]
+        z_t = None if x_t is None else _mm(x_t[rows], weight_t.t(), dtype)  # [C, V]
+        out = kd_chunk(
+            _mm(x_s[rows], weight_s.t(), dtype), z_t, labels[rows].clamp(0, vocab - 1), options,
+            need_dh or need_dw,
+        )  # fmt: skip
+        del z_t
+        sums[1] += out.ce.masked_fill(~known[rows], torch.nan).masked_fill(masked, 0).sum()
+        if out.kd is not None:
+            sums[0] += out.kd.masked_fill(masked, 0).sum()
+        if out.agree is not None:
+            sums[2] += out.teacher_ce.masked_fill(masked, 0).sum()
+            sums[3] += (out.agree & ~masked).sum()
+        if out.dlogits is None:
+            continue
+        dz = out.dlogits.to(x_s.dtype)  # [C, V]
+        del out
+        if need_dh:
+            dh[rows] = _mm(dz, weight_s, dtype).masked_fill_(masked[:, None], 0)
+        if need_dw:
+            _addmm_(dw[:vocab], dz.t(), x_s[rows])
+        del dz
+    return sums, (dh, dw), False
+
+
+def _in_triton(
+    x_s, w_s, weight_s, x_t, weight_t, labels, valid, divisor, options, need_dh, need_dw
+):  # fmt: skip
+    """As `_in_torch`, but the gradients are divided already. dW goes straight into the weight's
+    .grad where `options.unit_grad` allows it and there is one to add to."""
+    o, n, device, grad = options, x_s.shape[0], x_s.device, need_dh or need_dw
+    vocab, dtype = weight_s.shape[0], x_s.dtype if grad else torch.float32
+    width = -(-vocab // 64) * 64  # whole lines: an odd vocabulary would slow every row down
+    chunk = min(n, o.chunk_size or _auto_chunk(n, width * dtype.itemsize, "triton"))
+    inputs = [(x, w) for x, w in ((x_s, weight_s), (x_t, weight_t)) if x is not None]
+    buffers = [torch.empty(chunk, width, dtype=dtype, device=device) for _ in inputs]
+    dh = torch.empty(x_s.shape, dtype=x_s.dtype, device=device) if need_dh else None
+    into = w_s.grad if need_dw and o.unit_grad and w_s.is_leaf else None
+    dw = into if into is not None and into.dtype == torch.float32 else None
+    if need_dw and dw is None and (vocab < w_s.shape[0] or not n):
+        dw = torch.zeros(w_s.shape, dtype=torch.float32, device=device)
+    found = torch.zeros(4, n, dtype=torch.float32, device=device)
+    for start in range(0, n, max(chunk, 1)):
+        rows = slice(start, start + chunk)
+        z = [buffer[: len(x_s[rows]), :vocab] for buffer in buffers]
+        for out, (x, weight) in zip(z, inputs, strict=True):
+            _mm_into(out, x[rows], weight.t())
+        launch_chunk(z, labels[rows], divisor, found[:, rows], o, grad)
+        if need_dh:
+            torch.mm(z[0], weight_s, out=dh[rows])
+        if need_dw and dw is None:
+            dw = _mm(z[0].t(), x_s[rows], torch.float32)
+        elif need_dw:
+            _addmm_(dw[:vocab], z[0].t(), x_s[rows])
+    return found.sum(1), (dh, None if dw is into else dw), True
+
+
+def launch_chunk(
+    z: list[Tensor], labels: Tensor, divisor: Tensor, out: Tensor, options: HeadOptions, grad: bool
+) -> None:
+    """Run the Triton kernel on a chunk: z = the student's logits [C, V] and, if there is one, the
+    teacher's; out [4, C] gets the losses; with `grad` the student's logits become dlogits."""
+    from ops import kd_kernels
+
+    if not len(labels):
+        return
+    o, teacher = options, len(z) == 2
+    square = o.temperature**2
+    kd_scale, kd_factor = square, o.kd_weight * o.temperature
+    if o.loss == "mse":
+        vocab = z[0].shape[1]
+        kd_scale, kd_factor = 1 / vocab, 2 * o.kd_weight / (vocab * o.temperature)
+    with torch.cuda.device_of(labels):
+        kd_kernels.kd_chunk_kernel[(len(labels),)](
+            z[0], z[-1], labels, divisor, out, out.stride(0), z[0].stride(0),
+            z[-1].stride(0), 1 / o.temperature, kd_scale, kd_factor, o.ce_weight, o.js_beta,
+            VOCAB=z[0].shape[1], IGNORE=IGNORE_INDEX, LOSS=list(LOSSES).index(o.loss),
+            TEACHER=teacher, CE=o.ce_weight != 0, GRAD=grad, METRICS=o.with_metrics,
+            TEMPERED=o.temperature != 1, BLOCK=BLOCK, num_warps=WARPS,
+        )  # fmt: skip
 
 
 def _check(h_s, w_s, h_t, w_t, labels, options: HeadOptions) -> None:
@@ -386,6 +344,7 @@ def kd_head(
     normalizer: float | Tensor | None = None,
     chunk_size: int = 0,
     with_metrics: bool = False,
+    unit_grad: bool = False,
 ) -> HeadOutput:
     """Distillation loss of a student's language-model head against a teacher's.
 
@@ -413,7 +372,13 @@ def kd_head(
 
     Matmuls run in the inputs' dtype, or in autocast's where it is on; softmax, losses, dlogits
     and the accumulation of dW in float32 (float64 for float64 inputs). chunk_size: tokens a
-    chunk, 0 = chosen from CHUNK_BYTES. Memory beyond the gradients: about four [chunk, V].
+    chunk, 0 = chosen from CHUNK_BYTES. Memory beyond the gradients: about four [chunk, V], two
+    in the matmul's dtype with Triton.
+
+    unit_grad: the caller promises to run backward on `loss` itself, nothing multiplied to it.
+    Then the gradients are not scaled again, and with Triton a weight that has a float32 .grad
+    gets its share there during the forward, and none from the backward: not for DDP, whose hooks
+    would wait for it.
 
     Raises ValueError for an unknown loss, impossible settings, shapes or dtypes that do not fit,
     and (CPU only) a label outside the common vocabulary; on other devices, where looking would
@@ -421,7 +386,9 @@ def kd_head(
     """
     tensors = (student_hidden, student_weight, teacher_hidden, teacher_weight, labels)
     weights = (kd_weight, ce_weight)
-    options = HeadOptions(loss, temperature, *weights, top_k, js_beta, chunk_size, with_metrics)
+    options = HeadOptions(
+        loss, temperature, *weights, top_k, js_beta, chunk_size, with_metrics, unit_grad
+    )
     return _run(*tensors, normalizer, options)
 
 
@@ -432,12 +399,13 @@ def ce_head(
     *,
     normalizer: float | Tensor | None = None,
     chunk_size: int = 0,
+    unit_grad: bool = False,
 ) -> HeadOutput:
     """Cross-entropy of a language-model head, for pretraining: `kd_head` without a teacher.
 
     hidden [..., H], weight [V, H], labels [...] int64 with -100 = masked; the rest as `kd_head`.
     """
-    options = HeadOptions(kd_weight=0.0, ce_weight=1.0, chunk_size=chunk_size)
+    options = HeadOptions(kd_weight=0.0, ce_weight=1.0, chunk_size=chunk_size, unit_grad=unit_grad)
     return _run(hidden, weight, None, None, labels, normalizer, options)
 
 
