@@ -9,6 +9,7 @@ Check: `pytest tests/test_runs.py`.
 
 from __future__ import annotations
 
+import gc
 import math
 import shlex
 import subprocess
@@ -30,13 +31,15 @@ from data import PackedLoader, TokenDataset, permuted_index
 from distributed import World, all_sum, barrier, main_says
 from flops import flops_per_token, matmul_params, mfu, model_flops_per_token, peak_flops
 from hybrid_layers import MIXERS
-from layers import sdpa_priority
+from layers import ShortConvolution, sdpa_priority
 from metrics import MetricsLogger, StepTimer, memory_gib
 from model import Transformer
 from ops import warm
+from ops.kernels import PACKAGES
 from optimizer import OptimizerSet, build_optimizer, lr_factor
 
 MICRO_BATCH_TOKENS = 32_768
+GC_EVERY = 50  # steps between collections of what is young
 
 
 # ---- precision
@@ -109,18 +112,26 @@ def compile_wanted(cfg: TrainConfig, world: World) -> bool:
 
 
 def warm_up(config: ModelConfig, kernels: dict[str, str], cfg: TrainConfig, world: World) -> None:
-    """Start compiling in the background what the first step will need: fla's kernels, and the
+    """Start compiling in the background what the first step will need: Triton kernels, and the
     workers of torch.compile."""
     if cfg.dry_run or world.device.type != "cuda" or world.device.index:
         return
-    shapes = {}
+    jobs = {}  # a set that keeps its order
     for name, kernel in kernels.items():
+        if kernel not in PACKAGES:
+            continue
+        mixer = MIXERS[name]
         if kernel == "fla":
-            mixer = MIXERS[name]
             op = mixer.fla_op if name != "linear_attention" else "linear_attention without g"
             sizes = mixer.state_key_dim(config), config.linear_value_head_dim
-            shapes[op] = (config.linear_num_value_heads, *sizes)
-    warm.start(shapes)
+            jobs[op, config.linear_num_value_heads, *sizes] = True
+        with torch.device("meta"):
+            modules = mixer(config).modules()
+        for m in modules:
+            if isinstance(m, ShortConvolution):
+                channels, _, taps = m.weight.shape
+                jobs["short_conv", channels, taps, int(m.bias is not None)] = True
+    warm.start(jobs)
     if compile_wanted(cfg, world):
         from torch._inductor.async_compile import AsyncCompile
 
@@ -356,8 +367,10 @@ def train_stage(
     timer = StepTimer(plan.steps, world.device, start_step=start)
     profiler = open_profiler(run) if cfg.profile else nullcontext()
     try:
-        with profiler as prof:
+        with quiet_gc(), profiler as prof:
             for step in range(start, plan.steps):
+                if step % GC_EVERY == 0:
+                    gc.collect(1)
                 values = one_step(run, plan, step, objective, optimizer, loader)
                 run.step += 1
                 timer.step(stage.batch_tokens)
@@ -379,6 +392,22 @@ def train_stage(
     run.resumed = None  # later stages start afresh
 
 
+@contextmanager
+def quiet_gc():
+    """Python's garbage collector off: a full collection, which may come at any moment, stops the
+    host for tens of milliseconds. What exists by now is never looked at again."""
+    enabled = gc.isenabled()
+    gc.collect()
+    gc.freeze()
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
+        if enabled:
+            gc.enable()
+
+
 def one_step(run: Run, plan: StagePlan, step: int, objective, optimizer, loader) -> dict:
     """One optimizer step; returns 0-d tensors and numbers, without waiting for the device."""
     stage, world = plan.stage, run.world
@@ -388,7 +417,8 @@ def one_step(run: Run, plan: StagePlan, step: int, objective, optimizer, loader)
     )  # fmt: skip
     optimizer.set_lr_factor(factor)
     batches = loader.next_step()
-    count = torch.tensor(float(sum(b.num_valid for b in batches)), device=world.device)
+    count = float(sum(b.num_valid for b in batches))
+    count = torch.full((), count, device=world.device)  # a fill; torch.tensor would wait
     count = all_sum(count, world).clamp_(min=1)
     with run.amp(), sdpa_priority(world.device):
         sums = objective.backward([b.to(world.device) for b in batches], count)
@@ -442,7 +472,8 @@ def open_profiler(run: Run):
         if run.world.is_main:
             prof.export_chrome_trace(str(run.folder / f"trace-{run.step}.json"))
 
-    with profile(schedule=schedule(wait=1, warmup=1, active=3), on_trace_ready=save) as prof:
+    steps = schedule(wait=1, warmup=1, active=3, repeat=1)
+    with profile(schedule=steps, on_trace_ready=save) as prof:
         yield prof
 
 

@@ -7,7 +7,7 @@ import torch
 
 from config import ModelConfig, PretrainConfig
 from distributed import World
-from ops import fla_kernels, fla_reference, warm
+from ops import fla_kernels, fla_reference, short_conv, warm
 from trainer import warm_up
 
 
@@ -34,7 +34,7 @@ def test_calls_every_op_forward_and_backward(op, monkeypatch):
 def test_what_a_run_compiles_ahead(monkeypatch):
     """The ops of its fla mixers at their sizes, once each; on rank 0's GPU and nowhere else."""
     started = []
-    monkeypatch.setattr(warm, "start", started.append)
+    monkeypatch.setattr(warm, "start", lambda jobs: started.append(list(jobs)))
     config = ModelConfig(
         num_hidden_layers=4, layer_types=["linear_attention"] * 4, head_dim=64,
         linear_feature_map="hedgehog",
@@ -46,11 +46,29 @@ def test_what_a_run_compiles_ahead(monkeypatch):
         warm_up(config, kernels, cfg, world)
     assert started == []
     warm_up(config, kernels, cfg, World(0, 1, torch.device("cuda", 0)))
-    wide = {"linear_attention": (4, 64, 64), "linear_attention without g": (4, 128, 64)}
-    assert started == [wide]
+    (jobs,) = started
+    assert jobs == [
+        ("linear_attention", 4, 64, 64), ("short_conv", 768, 4, 1),
+        ("linear_attention without g", 4, 128, 64),
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("bias", [0, 1])
+def test_compiles_the_short_convolution(bias, monkeypatch):
+    seen = []
+
+    def plain(*args):
+        seen.extend(args)
+        return short_conv.plain_short_conv(*args)
+
+    monkeypatch.setattr(short_conv, "triton_short_conv", plain)
+    warm.compile_short_conv(24, 4, bias, torch.device("cpu"))
+    x, weight, b, positions = seen
+    assert x.grad is not None and weight.grad is not None and (b is not None) == bias
+    assert positions.shape == x.shape[:2] and weight.shape == (24, 1, 4)
 
 
 def test_a_failing_process_is_no_failure_of_the_run():
     """There is no GPU here, or no such op: it ends with an error, and nothing is printed."""
-    (process,) = warm.start({"no_such_op": (1, 16, 16)})
+    (process,) = warm.start([("no_such_op", 1, 16, 16)])
     assert process.wait(timeout=60) != 0

@@ -1,0 +1,171 @@
+r"""One optimizer step of our Muon, batched by shape, against torch.optim.Muon: time and result.
+
+    python benchmarks/muon.py --json muon.json
+    python benchmarks/muon.py --compile                  # the peer compiled as well, minutes
+    python benchmarks/muon.py --device cpu --sizes tiny --repeats 3
+
+The matrices of a model, without embeddings and head, as float32 parameters with random gradients.
+Both run five quintic Newton-Schulz iterations in bfloat16 with Nesterov momentum, weight decay and
+the same adjustment of the learning rate, which are torch.optim.Muon's defaults. The updates of the
+first step, from weights of zero, are compared: RMS of the difference over the RMS of the peer's
+update, and the largest difference over it. Rounding in bfloat16 alone gives about 2e-2 and 2e-1.
+Times are medians; memory is what a step needs beyond weights, gradients and momentum.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from benchmarks.common import about, clock, extra_memory
+from benchmarks.decode import SHAPES
+from config import ModelConfig
+from metrics import console_table
+from model import Transformer
+from optimizer import build_optimizer, param_role
+
+SIZES = {
+    "124m": dict(
+        hidden_size=768, intermediate_size=2048, num_hidden_layers=12, num_attention_heads=12,
+        num_key_value_heads=12, head_dim=64,
+    ),
+    "1.5b": SHAPES["qwen2.5-1.5b"],
+    "tiny": SHAPES["tiny"],
+}  # fmt: skip
+LR, DECAY = 0.02, 0.1
+
+
+def matrices(size: str) -> dict[str, torch.Size]:
+    """Name -> shape of the parameters that Muon takes."""
+    with torch.device("meta"):
+        model = Transformer(ModelConfig(**SIZES[size]))
+    named = model.named_parameters()
+    return {name: p.shape for name, p in named if param_role(name, p) == "muon"}
+
+
+def newton_schulz_flops(shapes: list[torch.Size], steps: int = 5) -> int:
+    """FLOPs of X X^T, its square, and their product with X, in every iteration."""
+    total = 0
+    for shape in shapes:
+        rows, cols = sorted(shape)
+        total += steps * (4 * rows * rows * cols + 2 * rows**3)
+    return total
+
+
+def parameters(shapes: dict[str, torch.Size], device: str) -> dict[str, Tensor]:
+    """Zeros, with the same random gradients at every call."""
+    generator = torch.Generator(device).manual_seed(0)
+    params = {}
+    for name, shape in shapes.items():
+        params[name] = torch.zeros(shape, device=device, requires_grad=True)
+        params[name].grad = torch.randn(shape, device=device, generator=generator)
+    return params
+
+
+def our_muon(params: dict[str, Tensor]):
+    """As a run builds it, with the peer's coefficients."""
+    return build_optimizer(
+        params.items(), lr=LR, muon_lr=LR, weight_decay=DECAY, use_muon=True,
+        coefficients="quintic", ns_dtype=torch.bfloat16, adjust_lr="original",
+    )  # fmt: skip
+
+
+def torch_muon(params: dict[str, Tensor]):
+    """PyTorch's, one matrix after the other."""
+    return torch.optim.Muon(params.values(), lr=LR, weight_decay=DECAY, adjust_lr_fn="original")
+
+
+def measure(make, shapes: dict, args, compiled: bool) -> tuple[dict, list[Tensor]]:
+    """The row, and the updates of the first step."""
+    params = parameters(shapes, args.device)
+    optimizer = make(params)
+    step = torch.compile(optimizer.step) if compiled else optimizer.step
+    first = clock(step, args.device, 1)
+    updates = [p.detach().clone() for p in params.values()]
+    clock(step, args.device, args.warmup)
+    seconds = clock(step, args.device, args.repeats)
+    rate = newton_schulz_flops(list(shapes.values())) / seconds
+    extra = extra_memory(step, args.device)
+    row = {"ms": 1e3 * seconds, "tflops": rate / 1e12, "extra_bytes": extra, "first_step_s": first}
+    return row, updates
+
+
+def difference(ours: list[Tensor], theirs: list[Tensor]) -> dict:
+    """RMS and largest difference of two updates, over the RMS of `theirs`."""
+    count = sum(t.numel() for t in theirs)
+    rms = (sum(t.square().sum(dtype=torch.float64) for t in theirs) / count).sqrt()
+    apart = [a - b for a, b in zip(ours, theirs, strict=True)]
+    error = (sum(d.square().sum(dtype=torch.float64) for d in apart) / count).sqrt()
+    largest = max(d.abs().max() for d in apart)
+    return {"rms_difference": float(error / rms), "max_difference": float(largest / rms)}
+
+
+def run(args) -> dict:
+    """Every size: ours, the peer, and with --compile the peer compiled."""
+    results = {"about": about(args, "muon"), "rows": []}
+    makers = {"ours": (our_muon, False)}
+    if hasattr(torch.optim, "Muon"):
+        makers["torch.optim.Muon"] = (torch_muon, False)
+        if args.compile:
+            makers["torch.optim.Muon, compiled"] = (torch_muon, True)
+    else:
+        print(f"torch.optim.Muon: not in torch {torch.__version__} (2.9 has it), left out")
+    for size in args.sizes:
+        shapes, ours = matrices(size), None
+        count = sum(shape.numel() for shape in shapes.values())
+        for name, (make, compiled) in makers.items():
+            row = {"size": size, "matrices": len(shapes), "parameters": count, "optimizer": name}
+            found, updates = measure(make, shapes, args, compiled)
+            row |= found
+            if ours is None:
+                ours = updates
+            else:
+                row |= difference(ours, updates)
+            results["rows"].append(row)
+            print(row, flush=True)
+            if args.json:
+                Path(args.json).write_text(json.dumps(results, indent=1) + "\n")
+    return results
+
+
+def show(results: dict) -> None:
+    """A row for each optimizer; differences are ours against the row's."""
+    print(json.dumps(results["about"]))
+    ours = {row["size"]: row["ms"] for row in results["rows"] if row["optimizer"] == "ours"}
+    table = []
+    for row in results["rows"]:
+        line = {"size": row["size"], "matrices": row["matrices"], "optimizer": row["optimizer"]}
+        line |= {"ms": f"{row['ms']:.2f}", "times ours": f"{row['ms'] / ours[row['size']]:.2f}"}
+        line |= {"TFLOP/s": f"{row['tflops']:.1f}"}
+        line |= {"extra MiB": f"{row['extra_bytes'] / 2**20:.0f}"}
+        for name in ("rms", "max"):
+            found = row.get(f"{name}_difference")
+            line[f"{name} difference"] = "-" if found is None else f"{found:.1e}"
+        table.append(line)
+    console_table("one step over a model's matrices", table)
+
+
+def main(argv: list[str] | None = None) -> None:
+    cuda = torch.cuda.is_available()
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    sizes = ["124m", "1.5b"] if cuda else ["tiny"]
+    parser.add_argument("--sizes", nargs="+", default=sizes, choices=SIZES)
+    parser.add_argument("--warmup", type=int, default=3, help="steps not timed")
+    parser.add_argument("--repeats", type=int, default=20, help="steps timed")
+    parser.add_argument("--device", default="cuda" if cuda else "cpu")
+    parser.add_argument("--compile", action="store_true", help="time the peer compiled, too")
+    parser.add_argument("--json", default="", help="write the numbers here, row by row")
+    parser.add_argument("--read", default="", help="show these numbers instead of measuring")
+    args = parser.parse_args(argv)
+    show(json.loads(Path(args.read).read_text()) if args.read else run(args))
+
+
+if __name__ == "__main__":
+    main()
