@@ -37,9 +37,16 @@ lint: setup
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 
+# With a GPU also the speed of everything, beside what peers are installed; NANOGPT and NANOCHAT
+# name checkouts of those.
+CUDA = $(PY) -c "import sys, torch; sys.exit(not torch.cuda.is_available())"
+PEERS = $(if $(NANOGPT),--nanogpt $(NANOGPT)) $(if $(NANOCHAT),--nanochat $(NANOCHAT))
+
 bench: setup
 	$(PY) benchmarks/gated_delta_rule.py
 	$(PY) benchmarks/muon_adamw.py
+	@if $(CUDA); then set -ex; $(PY) benchmarks/pretrain.py $(PEERS); \
+	  for b in kd_head kd_step align muon loader mixers decode; do $(PY) benchmarks/$$b.py; done; fi
 
 clean:
 	rm -rf $(VENV) .pytest_cache .ruff_cache

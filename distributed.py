@@ -167,3 +167,4 @@ def compile_blocks(model: nn.Module) -> None:
         if block.kind != "linear_attention":
             block.self_attn.compiled = True
         block.compile()
+    model.norm.compile()

@@ -34,14 +34,32 @@ def _difference(student: Tensor, teacher: Tensor, mask: Tensor | None) -> tuple[
             f"mask {tuple(mask.shape)} must have the shape of the tokens, "
             f"{tuple(student.shape[:-1])}"
         )
-    dtype = torch.promote_types(student.dtype, torch.float32)
-    teacher = teacher.detach().to(dtype)
-    diff = teacher - student.to(dtype)
+    teacher = teacher.detach().to(torch.promote_types(student.dtype, torch.float32))
+    diff = teacher - student  # casts the student as it reads it
     if mask is None:
         return diff, teacher
     # masked_fill and not a multiplication: 0 * NaN is NaN, in the value and in the gradient.
     masked = ~mask.bool()[..., None]
-    return diff.masked_fill(masked, 0), teacher.masked_fill(masked, 0)
+    return diff.masked_fill_(masked, 0), teacher.masked_fill(masked, 0)
+
+
+class _SumOfNorms(torch.autograd.Function):
+    """sum over tokens of ||t - s||_2, with a gradient in one reading and one writing."""
+
+    @staticmethod
+    def forward(ctx, student, teacher, mask):
+        diff, _ = _difference(student, teacher, mask)
+        norm = torch.linalg.vector_norm(diff, dim=-1)
+        ctx.save_for_backward(diff, norm)
+        ctx.dtype = student.dtype
+        return norm.sum()
+
+    @staticmethod
+    def backward(ctx, grad):
+        diff, norm = ctx.saved_tensors
+        factor = torch.where(norm == 0, 0, -grad / norm)  # 0, not NaN, where they are equal
+        out = torch.empty_like(diff, dtype=ctx.dtype)
+        return torch.mul(diff, factor[..., None], out=out), None, None
 
 
 def align_loss(
@@ -58,11 +76,9 @@ def align_loss(
     divided by normalizer; default: the number of unmasked tokens (none: the loss is 0).
     Raises ValueError for shapes that differ. Source: KL-guided layer selection, arXiv:2512.20569.
     """
-    diff, _ = _difference(student, teacher, mask)
-    # Unlike sqrt of a sum, vector_norm has gradient 0, not NaN, where student equals teacher.
-    total = torch.linalg.vector_norm(diff, dim=-1).sum() / diff.shape[-1] ** 0.5
+    total = _SumOfNorms.apply(student, teacher.detach(), mask) / student.shape[-1] ** 0.5
     if normalizer is None:
-        normalizer = diff[..., 0].numel() if mask is None else mask.bool().sum()
+        normalizer = student[..., 0].numel() if mask is None else mask.bool().sum()
     if isinstance(normalizer, Tensor):
         return total / torch.where(normalizer == 0, 1, normalizer)
     return total / (normalizer or 1)

@@ -36,7 +36,8 @@ class StepTimer:
         if log_now:
             metrics |= timer.read()
 
-    CUDA is synchronised in read() and around paused() only, never between micro-batches.
+    CUDA is synchronised in read() and around paused() only, never between micro-batches. Who knows
+    better when the steps were done calls mark() after them and read(mark) at that moment.
 
     Args:
         total_steps: of the stage, for the time left.
@@ -76,26 +77,32 @@ class StepTimer:
         finally:
             self.idle += self._now() - start
 
-    def read(self) -> dict[str, float]:
+    def mark(self) -> tuple[int, int, float]:
+        """(tokens, steps, idle seconds) since the last mark."""
+        counts = self.tokens, self.steps, self.idle
+        self.tokens, self.steps, self.idle = 0, 0, 0.0
+        return counts
+
+    def read(self, mark: tuple[int, int, float] | None = None) -> dict[str, float]:
         """tok/s, time_per_step (s) and eta (s) of the steps since the last read; {} if none."""
-        now = self._now()
-        if not self.steps:
+        now = self._now() if mark is None else self.clock()
+        tokens, steps, idle = mark or self.mark()
+        if not steps:
             return {}
-        busy = max(now - self.last_read - self.idle, 1e-9)
-        time_per_step = busy / self.steps
-        self.remaining_steps -= self.steps
+        busy = max(now - self.last_read - idle, 1e-9)
+        time_per_step = busy / steps
+        self.remaining_steps -= steps
         if self.steady_since is None:
             self.steady_since, wall_per_step = now, time_per_step
         else:
-            self.steady_steps += self.steps
+            self.steady_steps += steps
             wall_per_step = (now - self.steady_since) / self.steady_steps
-        result = {
-            "tok/s": self.tokens / busy,
+        self.last_read = now
+        return {
+            "tok/s": tokens / busy,
             "time_per_step": time_per_step,
             "eta": max(self.remaining_steps, 0) * wall_per_step,
         }
-        self.tokens, self.steps, self.idle, self.last_read = 0, 0, 0.0, now
-        return result
 
     def _now(self) -> float:
         if self.device.type == "cuda":

@@ -10,7 +10,6 @@ Check: `pytest tests/test_runs.py`.
 from __future__ import annotations
 
 import gc
-import math
 import shlex
 import subprocess
 import time
@@ -29,14 +28,14 @@ from config import ModelConfig, StageConfig, TrainConfig, UserError
 from corpus import resolve_data
 from data import PackedLoader, TokenDataset, permuted_index
 from distributed import World, all_sum, barrier, main_says
-from flops import flops_per_token, matmul_params, mfu, model_flops_per_token, peak_flops
 from hybrid_layers import MIXERS
 from layers import ShortConvolution, sdpa_priority
-from metrics import MetricsLogger, StepTimer, memory_gib
+from metrics import MetricsLogger, StepTimer
 from model import Transformer
 from ops import warm
 from ops.kernels import PACKAGES
 from optimizer import OptimizerSet, build_optimizer, lr_factor
+from step_log import StepLog, flop_rates
 
 MICRO_BATCH_TOKENS = 32_768
 GC_EVERY = 50  # steps between collections of what is young
@@ -363,8 +362,8 @@ def train_stage(
         optimizer.load_state_tensors(state)
         loader.load_state_dict(run.resumed["loader"])
         checkpoint.set_rng_state(run.resumed["rng"])
-    rates = flop_rates(run, plan, student, teacher)
     timer = StepTimer(plan.steps, world.device, start_step=start)
+    log = StepLog(run, plan, timer, flop_rates(run, plan, student, teacher))
     profiler = open_profiler(run) if cfg.profile else nullcontext()
     try:
         with quiet_gc(), profiler as prof:
@@ -372,18 +371,21 @@ def train_stage(
                 if step % GC_EVERY == 0:
                     gc.collect(1)
                 values = one_step(run, plan, step, objective, optimizer, loader)
+                log.flush()
                 run.step += 1
                 timer.step(stage.batch_tokens)
                 last = step + 1 == plan.steps
                 if (step + 1) % cfg.log_every == 0 or last:
-                    log_step(run, plan, values, timer, rates)
+                    log.take(values)
                 if prof is not None:
                     prof.step()
                 due = cfg.eval_every and (step + 1) % cfg.eval_every == 0
                 if evaluate and due and not last:
+                    log.flush()
                     with timer.paused():
                         run.logger.log_eval(run.step, plan.name, evaluate())
                 if last or (cfg.save_every and (step + 1) % cfg.save_every == 0):
+                    log.flush()
                     with timer.paused():
                         save_step(run, plan, step + 1, objective, optimizer, loader)
     finally:
@@ -426,41 +428,6 @@ def one_step(run: Run, plan: StagePlan, step: int, objective, optimizer, loader)
     optimizer.step()
     optimizer.zero_grad()
     return {**sums, "grad_norm": norm, "lr": (stage.mixer_lr or stage.lr) * factor}
-
-
-def log_step(run: Run, plan: StagePlan, values: dict, timer: StepTimer, rates: dict) -> None:
-    """One line and one row; the only place of a step where the host waits for the device."""
-    names = [n for n in values if n not in ("lr", "grad_norm")]
-    summed = all_sum(torch.stack([values[n].float() for n in names]), run.world).tolist()
-    row = dict(zip(names, summed, strict=True))
-    if not math.isfinite(row["loss"]):
-        raise FloatingPointError(
-            f"stage {plan.name}, step {run.step}: the loss is {row['loss']}; the last checkpoint "
-            f"in {run.folder} is from before"
-        )
-    row |= {"lr": values["lr"], "grad_norm": values["grad_norm"], **timer.read()}
-    rate = row.get("tok/s")
-    if rate:
-        row["mfu"] = mfu(rate, rates["model"], run.world.size, rates["peak"])
-        row["useful_tflops"] = rate * rates["useful"] / run.world.size / 1e12
-    row["mem"] = memory_gib(run.world.device)
-    run.logger.log(run.step, plan.name, row)
-
-
-def flop_rates(run: Run, plan: StagePlan, student: Transformer, teacher) -> dict:
-    """FLOPs per token by PaLM's formula and as really needed, and the device's peak."""
-    seq = plan.stage.seq_len
-    config = student.config
-    kind = plan.name if plan.name in ("align", "distill", "long") else "pretrain"
-    uses_teacher = kind == "align" or plan.stage.kd_weight > 0
-    return {
-        "model": model_flops_per_token(config, seq, num_matmul_params=matmul_params(config)),
-        "useful": flops_per_token(
-            kind, config, teacher.config if teacher and uses_teacher else None, seq,
-            plan.stage.train,
-        ),
-        "peak": peak_flops(run.world.device, run.dtype, run.cfg.peak_flops),
-    }  # fmt: skip
 
 
 @contextmanager

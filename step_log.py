@@ -1,0 +1,82 @@
+"""What a run says of its steps: losses, rates, MFU; written one step late, so that nothing waits.
+
+Check: `pytest tests/test_step_log.py`.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+import torch
+
+from distributed import all_sum
+from flops import flops_per_token, matmul_params, mfu, model_flops_per_token, peak_flops
+from metrics import StepTimer, memory_gib
+from model import Transformer
+
+if TYPE_CHECKING:
+    from trainer import Run, StagePlan
+
+
+class StepLog:
+    """A line and a row for a step, written while the next one runs: on CUDA the host looks at a
+    step's values only after it has launched another, so that the device is never without work."""
+
+    def __init__(self, run: Run, plan: StagePlan, timer: StepTimer, rates: dict):
+        self.run, self.plan, self.timer, self.rates = run, plan, timer, rates
+        self.late = run.world.device.type == "cuda"
+        self.pending: tuple | None = None
+
+    def take(self, values: dict) -> None:
+        """The values of the step that was just launched."""
+        run = self.run
+        names = [n for n in values if n not in ("lr", "grad_norm")]
+        sums = all_sum(torch.stack([values[n].float() for n in names]), run.world)
+        sums = torch.cat([sums, values["grad_norm"].to(sums).reshape(1)])
+        done = None
+        if self.late:
+            sums = sums.to("cpu", non_blocking=True)  # into pinned memory
+            done = torch.cuda.Event()
+            done.record()
+        self.pending = run.step, [*names, "grad_norm"], sums, values["lr"], self.timer.mark(), done
+        if not self.late:
+            self.flush()
+
+    def flush(self) -> None:
+        """Write what was taken; the only place of a step where the host waits for the device."""
+        if self.pending is None:
+            return
+        run, (step, names, sums, lr, mark, done) = self.run, self.pending
+        self.pending = None
+        if done is not None:
+            done.synchronize()
+        row = {**dict(zip(names, sums.tolist(), strict=True)), "lr": lr}
+        if not math.isfinite(row["loss"]):
+            raise FloatingPointError(
+                f"stage {self.plan.name}, step {step}: the loss is {row['loss']}; the last "
+                f"checkpoint in {run.folder} is from before"
+            )
+        row |= self.timer.read(mark)
+        rate = row.get("tok/s")
+        if rate:
+            row["mfu"] = mfu(rate, self.rates["model"], run.world.size, self.rates["peak"])
+            row["useful_tflops"] = rate * self.rates["useful"] / run.world.size / 1e12
+        row["mem"] = memory_gib(run.world.device)
+        run.logger.log(step, self.plan.name, row)
+
+
+def flop_rates(run: Run, plan: StagePlan, student: Transformer, teacher) -> dict:
+    """FLOPs per token by PaLM's formula and as really needed, and the device's peak."""
+    seq = plan.stage.seq_len
+    config = student.config
+    kind = plan.name if plan.name in ("align", "distill", "long") else "pretrain"
+    uses_teacher = kind == "align" or plan.stage.kd_weight > 0
+    return {
+        "model": model_flops_per_token(config, seq, num_matmul_params=matmul_params(config)),
+        "useful": flops_per_token(
+            kind, config, teacher.config if teacher and uses_teacher else None, seq,
+            plan.stage.train,
+        ),
+        "peak": peak_flops(run.world.device, run.dtype, run.cfg.peak_flops),
+    }  # fmt: skip

@@ -1,0 +1,103 @@
+"""A step's line is written after the next step was launched, and never lost.
+
+pytest tests/test_step_log.py
+"""
+
+from __future__ import annotations
+
+import json
+from types import SimpleNamespace
+
+import pytest
+import torch
+from conftest import metric_rows
+
+import step_log
+from distributed import World
+from metrics import MetricsLogger, StepTimer
+
+RATES = {"model": 1e3, "useful": 2e3, "peak": 1e9}
+
+
+class Event:
+    """torch.cuda.Event, as far as it is used; counts what was waited for."""
+
+    waited = 0
+
+    def record(self) -> None:
+        pass
+
+    def synchronize(self) -> None:
+        Event.waited += 1
+
+
+@pytest.fixture
+def log(tmp_path, monkeypatch):
+    """A StepLog as on CUDA, with a clock that stands at 0 until it is moved."""
+    monkeypatch.setattr(step_log.torch.cuda, "Event", Event)
+    monkeypatch.setattr(Event, "waited", 0)
+    run = SimpleNamespace(
+        world=World(0, 1, torch.device("cpu")), step=0, folder=tmp_path,
+        logger=MetricsLogger(tmp_path),
+    )  # fmt: skip
+    now = SimpleNamespace(seconds=0.0)
+    timer = StepTimer(10, clock=lambda: now.seconds)
+    log = step_log.StepLog(run, SimpleNamespace(name="align"), timer, RATES)
+    log.late, log.now = True, now
+    return log
+
+
+def launch(log, loss: float) -> None:
+    """A step of 100 tokens."""
+    log.run.step += 1
+    log.timer.step(100)
+    log.take({"loss": torch.tensor(loss), "kl": torch.tensor(0.5), "grad_norm": torch.tensor(3.0),
+              "lr": 1e-3})  # fmt: skip
+
+
+def test_a_row_comes_with_the_step_after(log):
+    launch(log, 1.0)
+    assert metric_rows(log.run.folder) == {} and Event.waited == 0
+    log.now.seconds = 2.0
+    log.flush()
+    launch(log, 4.0)
+    assert metric_rows(log.run.folder) == {1: 1.0}
+    log.now.seconds = 6.0
+    log.flush()
+    log.flush()
+    assert metric_rows(log.run.folder) == {1: 1.0, 2: 4.0} and Event.waited == 2
+    assert metric_rows(log.run.folder, "tok/s") == {1: 50.0, 2: 25.0}
+    assert metric_rows(log.run.folder, "grad_norm") == {1: 3.0, 2: 3.0}
+    assert metric_rows(log.run.folder, "kl") == {1: 0.5, 2: 0.5}
+    assert metric_rows(log.run.folder, "mfu")[2] == pytest.approx(25.0 * 1e3 / 1e9)
+
+
+def test_steps_in_between_count(log):
+    log.timer.step(100)
+    log.timer.step(100)
+    launch(log, 1.0)
+    log.now.seconds = 3.0
+    log.flush()
+    assert metric_rows(log.run.folder, "tok/s") == {1: 100.0}
+
+
+def test_without_cuda_at_once(log):
+    log.late = False
+    launch(log, 1.0)
+    assert metric_rows(log.run.folder) == {1: 1.0} and Event.waited == 0
+
+
+@pytest.mark.parametrize("loss", [float("nan"), float("inf")])
+def test_a_loss_that_is_not_finite_stops_the_run(log, loss):
+    launch(log, loss)
+    with pytest.raises(FloatingPointError, match="stage align, step 1: the loss is"):
+        log.flush()
+    assert metric_rows(log.run.folder) == {}
+
+
+def test_rows_are_json(log):
+    launch(log, 1.0)
+    log.flush()
+    (line,) = (log.run.folder / "metrics.jsonl").read_text().splitlines()
+    row = json.loads(line)
+    assert row["stage"] == "align" and row["step"] == 1 and row["lr"] == 1e-3
