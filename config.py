@@ -231,6 +231,8 @@ class TrainConfig:
                      choices=("auto", "bfloat16", "float32"))  # fmt: skip
     torch_compile: str = opt("auto", "compile every block; auto = on for CUDA",
                              choices=("auto", "true", "false"))  # fmt: skip
+    activation_checkpointing: str = opt("none", "what blocks compute again in the backward",
+                                        choices=("none", "selective", "full"))  # fmt: skip
     kernel: str = opt("auto", "linear-attention kernel",
                       choices=("auto", "naive", "chunk", "fla", "mamba_ssm"))  # fmt: skip
     matmul_precision: str = opt("high", "float32 matmuls on CUDA: high = TF32",

@@ -27,6 +27,7 @@ from layers import (
     attention_kernel,
     rope_frequencies,
 )
+from recompute import RUN
 
 
 class MLP(nn.Module):
@@ -50,6 +51,7 @@ class Block(nn.Module):
     def __init__(self, config: ModelConfig, layer: int):
         super().__init__()
         self.kind = config.layer_types[layer]
+        self.recompute = "none"  # see recompute.py
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = MLP(config)
@@ -68,6 +70,14 @@ class Block(nn.Module):
         self, h: Tensor, seq: SeqInfo, cache: LayerCache | None = None, tap: bool = False
     ) -> Tensor | tuple[Tensor, Tensor, Tensor]:
         """h [B, T, d] -> h. With `tap` also the attention's input and output, both [B, T, d]."""
+        if self.recompute == "none" or cache is not None or tap or not torch.is_grad_enabled():
+            return self.compute(h, seq, cache, tap)
+        return RUN[self.recompute](self.compute, h, seq)
+
+    def compute(
+        self, h: Tensor, seq: SeqInfo, cache: LayerCache | None = None, tap: bool = False
+    ) -> Tensor | tuple[Tensor, Tensor, Tensor]:
+        """`forward` without activation checkpointing."""
         normed = self.input_layernorm(h)
         out = self.attention(normed, seq, cache)
         h = h + out

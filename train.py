@@ -19,6 +19,7 @@ from hf import save_model
 from hybrid_layers import convert_config, resolve_kernels, use_kernels
 from model import Transformer
 from objectives import HeadObjective
+from recompute import set_recompute
 from tokenizer import load_tokenizer
 from trainer import (
     check_run_folder,
@@ -111,6 +112,7 @@ def pretrain(cfg: PretrainConfig, argv: list[str]) -> None:
         finish(run)
         return
     restore_weights(run, model)
+    set_recompute(model, cfg.activation_checkpointing)
     if compile_wanted(cfg, world):
         compile_blocks(model)
     evaluator = Evaluator(held_out, None, amp=run.amp, world=world)

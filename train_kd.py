@@ -43,6 +43,7 @@ from hybrid_layers import (
 from layers import attention_kernel
 from model import Transformer
 from objectives import AlignObjective, HeadObjective
+from recompute import set_recompute
 from tokenizer import load_tokenizer
 from trainer import (
     Run,
@@ -270,6 +271,7 @@ def distil(cfg: DistillConfig, argv: list[str]) -> None:
         run.logger.say("dry run: nothing trained")
         finish(run)
         return
+    set_recompute(student, cfg.activation_checkpointing)
     if compile_wanted(cfg, world):
         compile_blocks(teacher)
         compile_blocks(student)

@@ -1,0 +1,58 @@
+"""Activation checkpointing: what a block computes again in the backward instead of keeping it.
+
+    set_recompute(model, "selective")
+
+none keeps everything; full keeps a block's input only, for a third more work; selective keeps the
+outputs of attention, of the recurrences and of every other matmul (as torchtitan does) and computes
+the rest again. Nothing else changes: results are equal to the last bit.
+Check: `pytest tests/test_recompute.py`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Callable
+from functools import partial
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import (
+    CheckpointPolicy,
+    checkpoint,
+    create_selective_checkpoint_contexts,
+)
+
+MODES = ("none", "selective", "full")
+MATMULS = (torch.ops.aten.mm.default, torch.ops.aten.addmm.default)
+KEPT = re.compile(r"scaled_dot_product|varlen_attn|^flash_attn\.|^retort\.")  # by the ops' names
+
+
+def _contexts() -> tuple:
+    """Of one forward and its recomputation, which have to agree on what was kept."""
+    seen = Counter()
+
+    def policy(ctx, op, *args, **kwargs) -> CheckpointPolicy:
+        if op in MATMULS:
+            seen[ctx.is_recompute] += 1
+            keep = seen[ctx.is_recompute] % 2 == 1
+        else:
+            keep = KEPT.search(str(op)) is not None
+        return CheckpointPolicy.MUST_SAVE if keep else CheckpointPolicy.PREFER_RECOMPUTE
+
+    return create_selective_checkpoint_contexts(policy)
+
+
+RUN: dict[str, Callable] = {
+    "full": partial(checkpoint, use_reentrant=False, preserve_rng_state=False),
+    "selective": partial(
+        checkpoint, use_reentrant=False, preserve_rng_state=False, context_fn=_contexts
+    ),
+}
+
+
+def set_recompute(model: nn.Module, mode: str) -> None:
+    """What every block of a `Transformer` does when it is trained."""
+    assert mode in MODES, mode
+    for block in model.layers:
+        block.recompute = mode
