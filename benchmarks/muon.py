@@ -7,8 +7,8 @@ r"""One optimizer step of our Muon, batched by shape, against torch.optim.Muon: 
 The matrices of a model, without embeddings and head, as float32 parameters with random gradients.
 Both run five quintic Newton-Schulz iterations with Nesterov momentum, weight decay and the same
 adjustment of the learning rate, which are torch.optim.Muon's defaults; ours in float16 on CUDA (on
-Gram matrices where they are wide), the peer in bfloat16. The updates of the first step, from weights
-of zero, are held against the plain iteration in float32: RMS of the error over the RMS of that
+Gram matrices where they are wide), the peer in bfloat16. The updates of the first step, from zero
+weights, are held against the plain iteration in float32: RMS of the error over the RMS of that
 update, and the largest error over it. Times are medians; TFLOP/s are those of the plain iteration;
 memory is what a step needs beyond weights, gradients and momentum.
 """
