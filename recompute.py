@@ -4,7 +4,7 @@
 
 none keeps everything; full keeps a block's input only, for a third more work; selective keeps the
 outputs of attention, of the recurrences and of every other matmul (as torchtitan does) and computes
-the rest again. Nothing else changes: results are equal to the last bit.
+the rest again. Nothing else changes: results are equal, to the last bit without torch.compile.
 Check: `pytest tests/test_recompute.py`.
 """
 
