@@ -175,6 +175,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--hidden_size", type=int, default=1536)
     parser.add_argument("--vocab_size", type=int, default=151936)
     parser.add_argument("--variants", default="", help="ours, full logits, Liger, fla; empty = all")
+    flag = argparse.BooleanOptionalAction
+    parser.add_argument("--triton", action=flag, default=True, help="ours: the Triton kernel")
     parser.add_argument("--block", type=int, default=0, help="of our kernel; 0 = as it is")
     parser.add_argument("--warps", type=int, default=0)
     parser.add_argument("--parts", action="store_true", help="time the parts of ours instead")
@@ -183,6 +185,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--json", default="", help="write the numbers here, row by row")
     parser.add_argument("--read", default="", help="show these numbers instead of measuring")
     args = parser.parse_args(argv)
+    head.TRITON = args.triton
     head.BLOCK, head.WARPS = args.block or head.BLOCK, args.warps or head.WARPS
     if args.parts:
         parts(args)

@@ -9,8 +9,8 @@ and the backward is a multiplication by the incoming scalar, or nothing.
     python -m pytest tests/ops/test_kd_head.py
 
 Two forms: PyTorch operations on logits in float32 (ops/kd_chunk.py), anywhere; and on CUDA, without
-top_k, a Triton kernel (ops/kd_kernels.py) on logits in the matmul's own dtype, whose gradient takes
-the place of the student's logits. Evaluation has float32 logits in both.
+top_k and where TRITON is set, a Triton kernel (ops/kd_kernels.py) on logits in the matmul's own
+dtype, whose gradient takes the place of the student's logits. Evaluation has float32 logits.
 
 Shapes: N tokens, C tokens of one chunk, V common vocabulary, H hidden size.
 """
@@ -32,6 +32,7 @@ IGNORE_INDEX = -100  # label of padding and document tails, as in torch.nn.funct
 # Bytes of one [C, V] buffer. CUDA wants few large matmuls; on CPU, larger buffers cost fresh pages
 # from the system at every allocation. About four are alive at once in PyTorch, two with Triton.
 CHUNK_BYTES = {"cuda": 256 * 2**20, "cpu": 64 * 2**20, "triton": 640 * 2**20}
+TRITON = False  # its kernel has only been run interpreted, on a CPU, so far
 BLOCK, WARPS = 4096, 8  # of the Triton kernel: entries of a row at a time
 
 
@@ -104,10 +105,11 @@ def _has_triton() -> bool:
 
 
 def uses_triton(h: Tensor, options: HeadOptions, dtypes: set[torch.dtype], vocab: int) -> bool:
-    """Whether the Triton kernel runs: on CUDA, in bfloat16 or float32, on the whole vocabulary."""
+    """Whether the Triton kernel runs: if it may, on CUDA, in bfloat16 or float32, on the whole
+    vocabulary."""
     whole = options.top_k in (0, vocab) or options.top_k > vocab
     supported = dtypes <= {torch.bfloat16, torch.float32} and len(dtypes) == 1
-    return h.is_cuda and whole and supported and _has_triton()
+    return TRITON and h.is_cuda and whole and supported and _has_triton()
 
 
 class _Head(torch.autograd.Function):

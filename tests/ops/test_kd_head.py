@@ -408,7 +408,7 @@ def test_cuda(loss, dtype):
     for settings in ({}, SETTINGS["top_k+ce+temperature"]):
         want = naive_kd_head(*reference, loss=loss, **settings)
         out = kd_head(*inputs, loss=loss, chunk_size=100, **settings)
-        assert_close(out.loss, want.loss, dtype)
+        assert_close(out.loss, want.loss, torch.float32)  # logits leave the matmul in float32
         for got, ref in zip(gradients(out, inputs), gradients(want, reference), strict=True):
             assert_close(got, ref, dtype)
 

@@ -148,5 +148,6 @@ def test_interpreted(check):
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 @pytest.mark.parametrize("check", CHECKS, ids=lambda c: c.__name__)
-def test_on_a_gpu(check):
+def test_on_a_gpu(check, monkeypatch):
+    monkeypatch.setattr(head, "TRITON", True)
     check("cuda")
