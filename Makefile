@@ -46,7 +46,7 @@ bench: setup
 	$(PY) benchmarks/gated_delta_rule.py
 	$(PY) benchmarks/muon_adamw.py
 	@if $(CUDA); then set -ex; $(PY) benchmarks/pretrain.py $(PEERS); \
-	  for b in kd_head kd_step align muon loader mixers decode; do $(PY) benchmarks/$$b.py; done; fi
+	  for b in kd_head kd_step align muon loader kernels mixers decode; do $(PY) benchmarks/$$b.py; done; fi
 
 clean:
 	rm -rf $(VENV) .pytest_cache .ruff_cache

@@ -9,6 +9,7 @@ import torch
 from conftest import tiny_config
 from kit import assert_close_rms
 
+import objectives
 from config import StageConfig
 from data import TokenDataset, pack_rows
 from distributed import World
@@ -152,3 +153,12 @@ def test_a_shared_trunk_changes_nothing(teacher, data):
     for name, grad in a[1].items():
         assert_close_rms(b[1][name], grad, 1e-7, name)
     assert all(p.grad is None for p in teacher.parameters())
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_the_head_adds_to_grad_by_itself_on_one_rank_only(teacher, monkeypatch, size):
+    """DDP's hooks wait for a gradient of every parameter."""
+    monkeypatch.setattr(objectives, "parallelize", lambda module, world: module)
+    world = World(0, size, torch.device("cpu"))
+    objective = HeadObjective(make_student(teacher), teacher, StageConfig(), world, LAYERS)
+    assert objective.module.unit_grad == (size == 1)

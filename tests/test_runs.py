@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import re
@@ -16,6 +17,7 @@ import torch
 from conftest import ROOT, call_script, metric_rows, run_python
 
 from hf import load_model, read_config
+from trainer import quiet_gc
 
 
 def kd_flags(teacher, data, out, run, *more):
@@ -139,6 +141,29 @@ def test_pretraining_end_to_end(tiny_data, tmp_path, capsys):
     found = re.search(r"held-out loss ([\d.]+) nats/token = ([\d.]+) x the unigram", out)
     assert found and float(found[2]) < 1.0
     assert read_config(tmp_path / "p" / "model").layer_map() == "FLF"
+
+
+def test_a_profile_is_one_trace(tiny_data, tmp_path):
+    """Of steps 3 to 5, however long the stage is."""
+    flags = ("--profile", "--max_steps=11", "--save_model=False")
+    call_script("train", *train_flags(tiny_data, tmp_path, "p", *flags))
+    (trace,) = (tmp_path / "p").glob("trace-*.json")
+    names = {event.get("name") for event in json.loads(trace.read_text())["traceEvents"]}
+    steps = {name for name in names if str(name).startswith("ProfilerStep#")}
+    assert steps == {"ProfilerStep#2", "ProfilerStep#3", "ProfilerStep#4"}
+
+
+@pytest.mark.parametrize("enabled", [True, False])
+def test_the_garbage_collector_rests_while_training(enabled):
+    was = gc.isenabled()
+    try:
+        gc.enable() if enabled else gc.disable()
+        with pytest.raises(KeyError), quiet_gc():
+            assert not gc.isenabled() and gc.get_freeze_count() > 0
+            raise KeyError
+        assert gc.isenabled() == enabled and gc.get_freeze_count() == 0
+    finally:
+        gc.enable() if was else gc.disable()
 
 
 def test_dry_run_trains_nothing(tiny_teacher, tiny_data, tmp_path, capsys):
