@@ -162,6 +162,16 @@ def mixer_parameters(model: nn.Module, layers: list[int]) -> dict[str, nn.Parame
     return {n: p for n, p in model.named_parameters() if n.startswith(wanted)}
 
 
+def cast_trunk(model: nn.Module, layers: list[int], dtype: torch.dtype) -> None:
+    """Store the matrices outside the attention of `layers` in `dtype`, in place. AdamW keeps its
+    state in a parameter's dtype, so bfloat16 is half the memory; updates below 1/256 of a weight
+    are then lost more often than not."""
+    mixers = mixer_parameters(model, layers)
+    for name, p in model.named_parameters():
+        if name not in mixers and p.ndim > 1:
+            p.data = p.data.to(dtype)
+
+
 def resolve_kernels(
     config: ModelConfig, kernel: str, device: torch.device, dtype: str = "auto"
 ) -> dict[str, str]:

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from config import ModelConfig
+from ops.cudnn_varlen import cudnn_varlen, has_cudnn_frontend
 from ops.short_conv import KERNELS as SHORT_CONVOLUTIONS
 
 
@@ -37,6 +38,21 @@ class RMSNorm(nn.Module):
         h = x.double() if x.dtype == torch.float64 else x.float()
         h = h * torch.rsqrt(h.square().mean(-1, keepdim=True) + self.eps)
         return (h * self.weight.to(h.dtype)).to(x.dtype)
+
+
+def project(x: Tensor, *linears: nn.Linear) -> tuple[Tensor, ...]:
+    """x [..., d] through several Linears. In a compiled graph that casts their weights for autocast
+    it is one matmul, forward and backward: the casts fill one matrix instead of several."""
+    device, weights = x.device.type, [linear.weight for linear in linears]
+    if torch.compiler.is_compiling() and torch.is_autocast_enabled(device):
+        dtype = torch.get_autocast_dtype(device)
+        biases = [linear.bias for linear in linears if linear.bias is not None]
+        cast = all(w.dtype != dtype for w in weights) and len(biases) in (0, len(linears))
+        if cast:
+            weight = torch.cat([w.to(dtype) for w in weights])
+            bias = torch.cat([b.to(dtype) for b in biases]) if biases else None
+            return F.linear(x, weight, bias).split([len(w) for w in weights], -1)
+    return tuple(linear(x) for linear in linears)
 
 
 # ---- positions
@@ -293,6 +309,12 @@ def has_flash_attn() -> bool:
 
 
 @torch.compiler.assume_constant_result
+def prefers_cudnn() -> bool:
+    """Whether packed rows go to cuDNN: it is the fastest from Hopper on."""
+    return has_cudnn_frontend() and torch.cuda.get_device_capability() >= (9, 0)
+
+
+@torch.compiler.assume_constant_result
 def varlen_takes(parameter: str) -> bool:
     """Whether varlen_attn has this parameter."""
     return parameter in _probe()[1]
@@ -304,7 +326,7 @@ def attention_kernel(device: torch.device, dtype: torch.dtype, *, packed: bool, 
 
     math: explicit scores (the sink needs their gradient); segments: SDPA per document (CPU);
     masked: SDPA under a [T, T] mask; varlen: PyTorch's varlen_attn; flash: flash-attn's varlen;
-    sdpa: unpacked rows, cuDNN first on Hopper.
+    cudnn: ops/cudnn_varlen.py (Hopper and later); sdpa: unpacked rows, cuDNN first on Hopper.
     """
     if sink:
         return "math"
@@ -313,6 +335,8 @@ def attention_kernel(device: torch.device, dtype: torch.dtype, *, packed: bool, 
     if device.type == "cpu" and not compiled:
         return "segments"
     if device.type == "cuda" and dtype in (torch.bfloat16, torch.float16):
+        if prefers_cudnn():
+            return "cudnn"
         return "flash" if has_flash_attn() else "varlen"
     return "masked"
 
@@ -353,6 +377,8 @@ def softmax_attention(
     kernel = attention_kernel(
         q.device, q.dtype, packed=packed, sink=sink is not None, compiled=compiled
     )
+    if kernel == "cudnn":
+        return cudnn_varlen(q[0], k[0], v[0], seq.cu_seqlens, seq.max_seqlen, window)[None]
     if kernel in ("flash", "varlen"):
         return _varlen(kernel, q, k, v, seq, window)
     length = q.shape[1]
@@ -469,7 +495,7 @@ class Attention(nn.Module):
 
     def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """q [B, T, H, D], k and v [B, T, G, D] right after projection."""
-        q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
+        q, k, v = project(x, self.q_proj, self.k_proj, self.v_proj)
         return tuple(t.unflatten(-1, (-1, self.head_dim)) for t in (q, k, v))
 
     def forward(self, x: Tensor, seq: SeqInfo, cache: LayerCache | None = None) -> Tensor:

@@ -25,6 +25,7 @@ from layers import (
     RMSNorm,
     SeqInfo,
     attention_kernel,
+    project,
     rope_frequencies,
 )
 from recompute import RUN
@@ -41,7 +42,8 @@ class MLP(nn.Module):
         self.down_proj = nn.Linear(hidden, d, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        gate, up = project(x, self.gate_proj, self.up_proj)
+        return self.down_proj(F.silu(gate) * up)
 
 
 class Block(nn.Module):

@@ -31,8 +31,9 @@ from distributed import (
     this_process,
 )
 from evaluate import PROMPTS, Evaluator, completions, eval_rows, inputs, zeroed_attention
-from hf import fingerprint, load_model, read_config, save_model, tokenizer_spec
+from hf import DTYPES, fingerprint, load_model, read_config, save_model, tokenizer_spec
 from hybrid_layers import (
+    cast_trunk,
     check_transfer,
     convert_config,
     convert_layers,
@@ -135,7 +136,7 @@ def build_models(
 ) -> tuple[Transformer, Transformer, Transformer, bool]:
     """(teacher, source, student, shared): the frozen teacher in the compute type, the model whose
     layers were converted (the teacher, or --student as it was), and the student, whose trunk is
-    the teacher's own where only mixers train, else a float32 copy."""
+    the teacher's own where only mixers train, else a copy in --trunk_dtype."""
     teacher = load_model(cfg.teacher, dtype=dtype, device=world.device)
     teacher.eval().requires_grad_(False)
     stages = [getattr(cfg, name) for name in cfg.stage_names()]
@@ -150,6 +151,10 @@ def build_models(
         source = student = load_model(cfg.student, dtype=torch.float32, device=world.device)
         if convert and layers:
             student = convert_layers(source, layers, mixer=cfg.mixer, **mixer_shape(cfg))
+    if cfg.trunk_dtype == "bfloat16" and dtype == torch.float32:
+        raise UserError("--trunk_dtype: bfloat16 found, float32 expected, as the compute type is")
+    if cfg.trunk_dtype != "float32" and not shared:
+        cast_trunk(student, layers, DTYPES[cfg.trunk_dtype])
     return teacher, source, student.train(), shared
 
 
@@ -330,7 +335,8 @@ def run_identity(cfg, layers, convert, plans: list[StagePlan], data: TokenDatase
         "script": "train_kd", "teacher": fingerprint(cfg.teacher),
         "student": fingerprint(cfg.student) if cfg.student else "", "layers": layers,
         **({"mixer": cfg.mixer, **mixer_shape(cfg)} if convert else {}), "data": data.fingerprint,
-        "seed": cfg.seed, "dtype": str(dtype), "doc_mask": cfg.doc_mask,
+        "seed": cfg.seed, "dtype": str(dtype), "trunk_dtype": cfg.trunk_dtype,
+        "doc_mask": cfg.doc_mask,
         "calibrate_tokens": cfg.calibrate_tokens if convert else 0, "stages": stages,
     }  # fmt: skip
 

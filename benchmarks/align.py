@@ -45,7 +45,7 @@ from trainer import Run, StagePlan, one_step, plan_stage, set_up_torch, stage_op
 
 def set_up(args, name: str) -> tuple[Run, StagePlan]:
     """A run without a folder, and its stage `name`: the default recipe, --batch rows a step."""
-    cfg = DistillConfig(device=args.device, doc_mask=args.doc_mask)
+    cfg = DistillConfig(device=args.device)
     world = this_process(args.device)
     dtype = set_up_torch(cfg, world)
     size = {"seq_len": args.length, "batch_tokens": args.batch * args.length}
@@ -125,7 +125,6 @@ def add_flags(parser: argparse.ArgumentParser, *, batch: int, length: int) -> No
     parser.add_argument("--length", type=int, default=length, help="tokens a row")
     parser.add_argument("--repeats", type=int, default=10, help="timed steps; the median counts")
     flag = argparse.BooleanOptionalAction
-    parser.add_argument("--doc_mask", action=flag, default=True, help="ours: rows as documents")
     parser.add_argument("--device", default="cuda" if cuda else "cpu")
     parser.add_argument("--compile", action=flag, default=cuda)
     parser.add_argument("--json", default="", help="write the numbers here, row by row")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import statistics
 import sys
 import time
@@ -25,8 +26,7 @@ def clock(work: Callable, device: str, repeats: int) -> float:
             work()
             mark.record()
         marks[-1].synchronize()
-        pairs = zip(marks[:-1], marks[1:], strict=True)
-        return statistics.median(a.elapsed_time(b) / 1e3 for a, b in pairs)
+        return statistics.median(a.elapsed_time(b) / 1e3 for a, b in itertools.pairwise(marks))
     times = []
     for _ in range(repeats):
         start = time.perf_counter()

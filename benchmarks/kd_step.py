@@ -1,15 +1,17 @@
 r"""The distillation step, teacher and student together: tokens/s and memory beside peers.
 
     python benchmarks/kd_step.py --json kd_step.json          # on a GPU: Qwen2.5-1.5B, 4 x 4096
-    python benchmarks/kd_step.py --variants ours "transformers + Liger" --no-doc_mask
+    python benchmarks/kd_step.py --variants ours "transformers + Liger"
     python benchmarks/kd_step.py --device cpu --shape tiny --batch 2 --length 64 --repeats 1
 
 A step: the teacher's forward, the student's forward and backward by KL(teacher || student),
 clipping and AdamW of all parameters. Ours is `trainer.one_step` with the default recipe of the
-distill stage: float32 masters under bfloat16 autocast, rows packed as documents (--no-doc_mask:
-plain rows, as the peers have them). The peers are transformers' models, bfloat16 through and
-through, which takes less memory and is less exact. All have the same random weights and tokens, so
-the softmax ones must agree on the first step's loss. What runs out of memory is tried again with
+distill stage: float32 masters under bfloat16 autocast; "bfloat16 trunk" stores weights, gradients
+and optimizer state as the peers do (--trunk_dtype). Rows are plain, as the peers'; "documents":
+each is one document, which attention has to keep apart. The peers are transformers' models, in
+bfloat16 through and through, which takes less memory and is less exact; those without a mask have
+been helped to the fast attention kernel (see `stock`). All have the same random weights and tokens,
+so the softmax ones must agree on the first step's loss. What runs out of memory is tried again with
 fewer rows at once. MFU counts what teacher and student need (flops.flops_per_token).
 """
 
@@ -21,6 +23,7 @@ import importlib.util
 import json
 import sys
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 
@@ -45,18 +48,24 @@ from benchmarks.decode import SHAPES
 from config import ModelConfig, parse_layers
 from flops import flops_per_token, mfu, peak_flops
 from hf import stock_type, to_hf_config
-from hybrid_layers import convert_layers
+from hybrid_layers import cast_trunk, convert_layers
 from metrics import console_table
 from objectives import HeadObjective
 from trainer import Run, StagePlan
 
 
-def ours(run: Run, plan: StagePlan, args, *, layers: str) -> tuple[Callable, ModelConfig]:
-    """Our models; `layers` of the student are converted."""
+def ours(
+    run: Run, plan: StagePlan, args, *, layers: str = "", narrow: bool = False,
+    documents: bool = False,
+) -> tuple[Callable, ModelConfig]:  # fmt: skip
+    """Our models; `layers` of the student are converted. narrow: its trunk is stored in the compute
+    type."""
+    run = dataclasses.replace(run, cfg=dataclasses.replace(run.cfg, doc_mask=documents))
     teacher = random_model(run, args, 0).to(run.dtype).eval().requires_grad_(False)
     student = random_model(run, args, 1)
     converted = parse_layers(layers, len(student.layers))
     student = convert_layers(student, converted).train()
+    cast_trunk(student, converted, run.dtype if narrow else torch.float32)
     make_fast(teacher, run, args)
     make_fast(student, run, args)
     objective = HeadObjective(student, teacher, plan.stage, run.world, converted)
@@ -76,10 +85,19 @@ def stock_model(run: Run, args, seed: int) -> torch.nn.Module:
     return model
 
 
-def stock(run: Run, plan: StagePlan, args, *, liger: bool) -> tuple[Callable, ModelConfig]:
-    """transformers' models and PyTorch's AdamW, with Liger's chunked head or, eager, all logits."""
+def stock(
+    run: Run, plan: StagePlan, args, *, liger: bool = False, mask: bool = True,
+    masters: bool = False,
+) -> tuple[Callable, ModelConfig]:  # fmt: skip
+    """transformers' models and PyTorch's AdamW, with Liger's chunked head or, eager, all logits.
+
+    Compiled, transformers makes a causal mask, which keeps SDPA from its fast kernels; without
+    `mask` it is handed none, which means plain causal attention to Qwen's models. masters: float32
+    weights under autocast, as ours."""
     teacher = stock_model(run, args, 0).eval().requires_grad_(False)
     student = stock_model(run, args, 1).train()
+    if masters:
+        student.float()
     if liger:
         from liger_kernel.chunked_loss import LigerFusedLinearJSDLoss
 
@@ -89,12 +107,12 @@ def stock(run: Run, plan: StagePlan, args, *, liger: bool) -> tuple[Callable, Mo
             teacher.model.compile()
             student.model.compile()
 
-    # Compiled, transformers makes a causal mask, which keeps SDPA from its flash kernel; Qwen's
-    # models take a finished one, and none means plain causal attention.
-    mask = {"full_attention": None} if "qwen" in student.config.model_type else None
+    plain = not mask and "qwen" in student.config.model_type
+    attention_mask = {"full_attention": None} if plain else None
+    amp = run.amp if masters else nullcontext
 
     def states(model, ids):
-        return model.model(ids, attention_mask=mask, use_cache=False)[0].flatten(0, 1)
+        return model.model(ids, attention_mask=attention_mask, use_cache=False)[0].flatten(0, 1)
 
     def divergence(ids, labels):
         with torch.no_grad():
@@ -117,7 +135,8 @@ def stock(run: Run, plan: StagePlan, args, *, liger: bool) -> tuple[Callable, Mo
         for batch in batches:
             batch = batch.to(run.world.device)
             rows = (t.view(-1, stage.seq_len) for t in (batch.input_ids, batch.labels))
-            loss = divergence(*rows) / len(batches)
+            with amp():
+                loss = divergence(*rows) / len(batches)
             loss.backward()
             total = total + loss.detach()
         torch.nn.utils.clip_grad_norm_(params, stage.grad_clip)
@@ -128,13 +147,20 @@ def stock(run: Run, plan: StagePlan, args, *, liger: bool) -> tuple[Callable, Mo
     return step, config
 
 
+LIGER = ("transformers", "liger_kernel")
 # name -> (packages needed, what makes its step)
 VARIANTS = {
-    "ours": ((), partial(ours, layers="")),
+    "ours": ((), ours),
+    "ours, bfloat16 trunk": ((), partial(ours, narrow=True)),
+    "ours, documents": ((), partial(ours, documents=True)),
     "ours 3:1": ((), partial(ours, layers="3:1")),
-    "transformers + Liger": (("transformers", "liger_kernel"), partial(stock, liger=True)),
-    "transformers, full logits": (("transformers",), partial(stock, liger=False)),
-}
+    "ours 3:1, bfloat16 trunk": ((), partial(ours, layers="3:1", narrow=True)),
+    "transformers + Liger": (LIGER, partial(stock, liger=True)),
+    "transformers + Liger, no mask": (LIGER, partial(stock, liger=True, mask=False)),
+    "transformers + Liger, no mask, float32 masters":
+        (LIGER, partial(stock, liger=True, mask=False, masters=True)),
+    "transformers, full logits": (("transformers",), stock),
+}  # fmt: skip
 
 
 def measure(name: str, run: Run, plan: StagePlan, args) -> dict:

@@ -19,6 +19,7 @@ from layers import (
     cached_attention,
     causal_mask,
     last_tokens,
+    project,
     rope_frequencies,
     softmax_attention,
     token_shift,
@@ -325,3 +326,33 @@ def test_window_cache_holds_a_window():
         assert torch.equal(cache.v[:, :, order], v[:, b - 7 : b].transpose(1, 2))
         held = cache.k.untyped_storage().nbytes() + cache.v.untyped_storage().nbytes()
         assert held == whole.num_bytes() == 2 * 7 * 3 * 4 * 8
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_projections_of_one_input_are_one_matmul_under_autocast(bias):
+    linears = torch.nn.ModuleList(torch.nn.Linear(16, size, bias=bias) for size in (24, 8, 8))
+    x = torch.randn(2, 5, 16).bfloat16()
+    calls = []
+
+    def backend(graph, _):
+        calls.append(sum(node.target is F.linear for node in graph.graph.nodes))
+        return graph
+
+    def grads(run, amp):
+        linears.zero_grad()
+        inner = x.clone().requires_grad_()
+        with torch.autocast("cpu", torch.bfloat16, enabled=amp):
+            outs = run(inner if amp else inner.float(), *linears)
+        sum((out.float() * (i + 1)).sin().sum() for i, out in enumerate(outs)).backward()
+        return [*outs, inner.grad, *(p.grad for p in linears.parameters())]
+
+    compiled = torch.compile(project, backend=backend)
+    found, plain = grads(compiled, True), grads(project, True)
+    assert calls == [1]
+    for a, b in zip(found, plain, strict=True):
+        assert a.dtype == b.dtype and a.shape == b.shape
+        torch.testing.assert_close(a.float(), b.float(), atol=0.02, rtol=0.02)
+    for a, b in zip(found, grads(project, False), strict=True):
+        assert (a - b).norm() < 0.02 * b.norm()
+    grads(compiled, False)  # nothing is cast: each weight stays where it is
+    assert calls == [1, 3]
