@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from config import ModelConfig
+from ops.block_ops import qk_rope
 from ops.cudnn_varlen import cudnn_varlen, has_cudnn_frontend
 from ops.short_conv import KERNELS as SHORT_CONVOLUTIONS
 
@@ -40,19 +41,20 @@ class RMSNorm(nn.Module):
         return (h * self.weight.to(h.dtype)).to(x.dtype)
 
 
-def project(x: Tensor, *linears: nn.Linear) -> tuple[Tensor, ...]:
-    """x [..., d] through several Linears. In a compiled graph that casts their weights for autocast
-    it is one matmul, forward and backward: the casts fill one matrix instead of several."""
+def project(x: Tensor, *linears: nn.Linear) -> Tensor | None:
+    """x [..., d] through several Linears at once, their outputs joined; None where they should run
+    one by one. Only in a compiled graph that casts weights for autocast: there the casts can fill
+    one matrix instead of several, and joining costs nothing."""
     device, weights = x.device.type, [linear.weight for linear in linears]
-    if torch.compiler.is_compiling() and torch.is_autocast_enabled(device):
-        dtype = torch.get_autocast_dtype(device)
-        biases = [linear.bias for linear in linears if linear.bias is not None]
-        cast = all(w.dtype != dtype for w in weights) and len(biases) in (0, len(linears))
-        if cast:
-            weight = torch.cat([w.to(dtype) for w in weights])
-            bias = torch.cat([b.to(dtype) for b in biases]) if biases else None
-            return F.linear(x, weight, bias).split([len(w) for w in weights], -1)
-    return tuple(linear(x) for linear in linears)
+    plain = all(type(linear) is nn.Linear for linear in linears)
+    if not plain or not torch.compiler.is_compiling() or not torch.is_autocast_enabled(device):
+        return None
+    dtype = torch.get_autocast_dtype(device)
+    biases = [linear.bias for linear in linears if linear.bias is not None]
+    if any(w.dtype == dtype for w in weights) or len(biases) not in (0, len(linears)):
+        return None
+    bias = torch.cat([b.to(dtype) for b in biases]) if biases else None
+    return F.linear(x, torch.cat([w.to(dtype) for w in weights]), bias)
 
 
 # ---- positions
@@ -493,16 +495,28 @@ class Attention(nn.Module):
         sink = config.attention_sink
         self.sink = nn.Parameter(torch.empty(self.num_heads)) if sink else None
 
-    def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """q [B, T, H, D], k and v [B, T, G, D] right after projection."""
-        q, k, v = project(x, self.q_proj, self.k_proj, self.v_proj)
-        return tuple(t.unflatten(-1, (-1, self.head_dim)) for t in (q, k, v))
-
-    def forward(self, x: Tensor, seq: SeqInfo, cache: LayerCache | None = None) -> Tensor:
+    def rotated(self, x: Tensor, seq: SeqInfo) -> tuple[Tensor, Tensor, Tensor]:
+        """q [B, T, H, D] and k [B, T, G, D], normed and rotated, and v [B, T, G, D]."""
+        joint = project(x, self.q_proj, self.k_proj, self.v_proj)
+        if joint is not None:
+            weights, eps = (None, None), 0.0
+            if self.q_norm is not None:
+                weights, eps = (self.q_norm.weight, self.k_norm.weight), self.q_norm.eps
+            return qk_rope(
+                joint, seq.cos, seq.sin, *weights, self.num_heads, self.num_kv_heads, eps
+            )
         q, k, v = self.project(x)
         if self.q_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
-        q, k = apply_rope(q, seq.cos, seq.sin), apply_rope(k, seq.cos, seq.sin)
+        return apply_rope(q, seq.cos, seq.sin), apply_rope(k, seq.cos, seq.sin), v
+
+    def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """q [B, T, H, D], k and v [B, T, G, D] right after projection."""
+        q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
+        return tuple(t.unflatten(-1, (-1, self.head_dim)) for t in (q, k, v))
+
+    def forward(self, x: Tensor, seq: SeqInfo, cache: LayerCache | None = None) -> Tensor:
+        q, k, v = self.rotated(x, seq)
         if cache is not None and seq.past is not None:
             out = cached_attention(q, *cache.append(k, v, seq, self.window), self.sink)
         else:

@@ -7,7 +7,8 @@ r"""A pretraining step against nanoGPT's and nanochat's on the same shapes: toke
 Ours is `trainer.one_step` on what train.py builds: fused head, clipping, optimizer. The peers take
 their own steps, those of nanoGPT's bench.py and nanochat's base_train.py, which do not clip;
 nanochat has full attention, for want of FlashAttention 3. All get the same random tokens, unpacked
-and on the device already, and every loss is read, as in bench.py and in a run that logs every step.
+and on the device already, and every loss is read after the next step was launched, as our trainer
+does it (bench.py and base_train.py wait for each).
 Peak memory is that of a whole step, weights and optimizer included. MFU by PaLM's 6 N + 12 L H Q T,
 N being the weights of matmuls, and by nanoGPT's, the same with all parameters but position
 embeddings. One model at a time, medians.
@@ -114,10 +115,17 @@ def measure(name: str, config: ModelConfig, cfg: PretrainConfig, args) -> dict:
     size = (2, cfg.batch_size, cfg.context_len)
     data = torch.randint(config.vocab_size, size, generator=generator).to(args.device)
     model, step = MODELS[name](config, cfg, data, args)
-    first, _ = (clock(lambda: step().item(), args.device, n) for n in (1, args.warmup))
+    first = clock(lambda: step().item(), args.device, 1)
+    losses = [step()]
+
+    def work() -> None:
+        losses.append(step())
+        losses.pop(0).item()
+
+    clock(work, args.device, args.warmup)
     if cuda:
         torch.cuda.reset_peak_memory_stats()
-    seconds = clock(lambda: step().item(), args.device, args.repeats)
+    seconds = clock(work, args.device, args.repeats)
     peak = torch.cuda.max_memory_allocated() - before if cuda else 0
     linear = (m.weight.numel() for m in model.modules() if isinstance(m, nn.Linear))
     matmuls = matmul_params(config) if isinstance(model, Transformer) else sum(linear)

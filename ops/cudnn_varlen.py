@@ -81,9 +81,7 @@ def _plan(
     shapes = dict(zip("qkv", layouts, strict=True)) | {"o": whole, "stats": (heads, 1, heads, 1)}
     if backward:
         shapes["do"] = whole
-        # The gradients are contiguous, whatever q, k and v are.
-        for name, (h, d, *_) in zip("qkv", layouts, strict=True):
-            shapes[f"d{name}"] = (h, d, h * d, d)
+        shapes |= {f"d{name}": shapes[name] for name in "qkv"}
     tensors, steps = {}, []
 
     def small(name: str, count: int):
@@ -178,8 +176,9 @@ def _backward(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, stats: Tensor, bounds: Tensor,
     longest: int, window: int,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    q, k, v = _ready(q), _ready(k), _ready(v)
-    grads = [torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (q, k, v)]
+    # A gradient has the layout of its tensor, whatever the graph says, and ours are contiguous.
+    q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
+    grads = [torch.empty_like(t) for t in (q, k, v)]
     plan = _planned(True, q, k, v, bounds, longest, window)
     given = {"q": q, "k": k, "v": v, "o": out, "do": grad.contiguous(), "stats": stats}
     plan.run(bounds, given | dict(zip(("dq", "dk", "dv"), grads, strict=True)))

@@ -19,15 +19,17 @@ from optimizer import build_optimizer, clip_grad_norm
 
 @pytest.mark.parametrize("coefficients", muon_module.COEFFICIENTS)
 @pytest.mark.parametrize("steps", [1, 2, 5, 9])
-@pytest.mark.parametrize("columns", [29, 40], ids=["plain", "gram"])
+@pytest.mark.parametrize("columns", [17, 29, 40], ids=["square", "plain", "gram"])
 def test_batched_newton_schulz_equals_reference(coefficients, steps, columns):
-    stack = torch.randn(3, 17, columns, dtype=torch.float64)
-    batched = newton_schulz(stack, coefficients=coefficients, steps=steps)
-    for matrix, got in zip(stack, batched, strict=True):
-        want = newton_schulz_ref(matrix, coefficients=coefficients, steps=steps)
-        assert rms_error(got, want) < 1e-12
-        tall = newton_schulz_ref(matrix.T, coefficients=coefficients, steps=steps)
-        assert rms_error(tall, want.T) < 1e-12
+    wide = torch.randn(3, 17, columns, dtype=torch.float64)
+    for stack in (wide, wide.mT.contiguous()):
+        batched = newton_schulz(stack, coefficients=coefficients, steps=steps)
+        assert batched.shape == stack.shape and batched.is_contiguous()
+        for matrix, got in zip(stack, batched, strict=True):
+            want = newton_schulz_ref(matrix, coefficients=coefficients, steps=steps)
+            assert rms_error(got, want) < 1e-12
+            other = newton_schulz_ref(matrix.T, coefficients=coefficients, steps=steps)
+            assert rms_error(other, want.T) < 1e-12
 
 
 def test_singular_values_after_newton_schulz():
@@ -70,11 +72,12 @@ def test_float16_is_more_exact_than_bfloat16(coefficients, decay, columns):
     matrix = matrix / (matrix.norm() * muon_module.COEFFICIENTS[coefficients][1])
     exact = newton_schulz_ref(matrix, coefficients=coefficients)
     settings = {"coefficients": coefficients, "steps": 5}
-    errors = {}
-    for dtype in (torch.float16, torch.bfloat16):
-        update = orthogonalise(matrix[None].to(dtype), **settings)
-        errors[dtype] = rms_error(update[0].double(), exact)
-    assert errors[torch.float16] < 0.5 * errors[torch.bfloat16], errors
+    for m, want in ((matrix, exact), (matrix.T, exact.T)):
+        errors = {}
+        for dtype in (torch.float16, torch.bfloat16):
+            update = orthogonalise(m[None].to(dtype), **settings)
+            errors[dtype] = rms_error(update[0].double(), want)
+        assert errors[torch.float16] < 0.5 * errors[torch.bfloat16], errors
 
 
 # Muon
@@ -128,6 +131,25 @@ def test_muon_equals_torch_in_float32(monkeypatch, adjust_lr, nesterov, weight_d
     assert worst_error_over_steps(muon_pair(torch.float32, **settings)) < 1e-5
 
 
+def test_groups_that_share_stacks_equal_torch(monkeypatch):
+    monkeypatch.setattr("torch.optim._muon._zeropower_via_newtonschulz", float32_zeropower)
+    pair = []
+    for make, settings in (
+        (Muon, dict(coefficients="quintic", ns_dtype=torch.float32)),
+        (torch.optim.Muon, dict(adjust_lr_fn="original")),
+    ):
+        params = random_params([*SHAPES, *SHAPES])
+        groups = [
+            {"params": params[: len(SHAPES)], "lr": 0.02, "weight_decay": 0.3},
+            {"params": params[len(SHAPES) :], "lr": 0.05, "weight_decay": 0.0},
+        ]
+        pair.append((params, make(groups, momentum=0.9, nesterov=True, **settings)))
+    assert worst_error_over_steps(pair) < 1e-5
+    stacks = muon_module._make_stacks(pair[0][1]._matrices())
+    assert len(stacks) == len(set(SHAPES))
+    assert all(len({m.scale for m in stack.matrices}) == 2 for stack in stacks)
+
+
 # Five iterations of slope 3.4 amplify the 8-bit rounding: torch's own bf16 differs from float32 by
 # 0.02 on these matrices.
 BF16_TOLERANCE = 4e-2
@@ -144,7 +166,7 @@ def test_muon_equals_torch_in_bfloat16(monkeypatch):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 def test_muon_equals_torch_on_cuda(monkeypatch):
     settings = dict(adjust_lr="match_rms_adamw", nesterov=True, weight_decay=0.1, device="cuda")
-    settings["shapes"] = [(576, 1536), (1536, 576), (576, 576), (192, 576)] * 3
+    settings["shapes"] = [(576, 1536), (1536, 576), (576, 576), (192, 576), (100, 75)] * 3
     assert 0 < worst_error_over_steps(muon_pair(None, **settings)) < BF16_TOLERANCE
     monkeypatch.setattr("torch.optim._muon._zeropower_via_newtonschulz", float32_zeropower)
     assert worst_error_over_steps(muon_pair(torch.float32, **settings)) < 1e-5
@@ -159,10 +181,10 @@ def test_stack_size_does_not_change_the_result(monkeypatch):
         for step in range(3):
             give_grads(params, seed=step)
             muon.step()
-        sizes = [
-            len(s) * s[0].param.numel() for s in muon_module._make_stacks(muon._update_momentum())
-        ]
-        assert max(sizes) <= max(elements, 32 * 32)
+        stacks = [s.matrices for s in muon_module._make_stacks(muon._matrices())]
+        assert max(len(s) * s[0].param.numel() for s in stacks) <= max(elements, 32 * 32)
+        assert all(len({m.param.shape for m in s}) == 1 for s in stacks)
+        assert sum(map(len, stacks)) == len(params)
         results.append(params)
     for other in results[1:]:
         for a, b in zip(results[0], other, strict=True):
@@ -190,12 +212,13 @@ def test_deal_is_balanced_and_complete():
     give_grads(params, seed=0)
     muon = Muon(params)
     muon.init_state()
-    stacks = [[m] for m in muon._update_momentum()]
+    stacks = [muon_module._Stack([m], muon_module.PLAIN) for m in muon._matrices()]
     rounds = muon_module._deal(stacks, 4)
-    dealt = [id(stack[0].param) for r in rounds for _, stack in r]
+    dealt = [id(stack.matrices[0].param) for r in rounds for _, stack in r]
     assert sorted(dealt) == sorted(map(id, params))
     assert all(len({owner for owner, _ in r}) == len(r) for r in rounds)
-    owners_of_large = [o for r in rounds for o, stack in r if stack[0].param.shape[0] == 64]
+    large = [m for m in stacks if m.matrices[0].param.shape[0] == 64]
+    owners_of_large = [o for r in rounds for o, stack in r if stack in large]
     assert len(set(owners_of_large)) == 3
     assert muon_module._deal([], 4) == []
 

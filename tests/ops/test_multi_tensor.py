@@ -1,0 +1,244 @@
+"""The passes over many tensors: Triton against PyTorch in float64, on a GPU and, interpreted in a
+process of its own, on a CPU (Triton decides when it is imported).
+
+pytest tests/ops/test_multi_tensor.py
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+from unittest import mock
+
+import pytest
+import torch
+from kit import assert_close_rms
+from torch import Tensor, nn
+from zoo import SHAPES, give_grads, random_params
+
+import muon as muon_module
+from muon import Muon
+from ops import multi_tensor
+from ops.multi_tensor import PLAIN, TRITON, scale_, uses_triton
+from optimizer import clip_grad_norm
+
+# Blocks are 64 elements and 3 of them when interpreted, 4096 and 8 on a GPU.
+MATRICES = {
+    "cpu": [(40, 7), (7, 40), (16, 16), (8, 8), (1, 1), (3, 63)],
+    "cuda": [(1536, 256), (256, 1544), (64, 64), (1, 1), (129, 1023), (4097, 33), (8960, 1536)],
+}
+ROUNDING = {torch.float32: 1e-6, torch.float16: 4e-4, torch.bfloat16: 4e-3}
+GUARD = 12.5
+
+
+def placed(values: Tensor, offset: int, device: str) -> tuple[Tensor, Tensor]:
+    """A float32 copy that starts `offset` elements into a buffer of guards, and the buffer."""
+    buffer = torch.full((values.numel() + 16,), GUARD, device=device)
+    inner = buffer[offset : offset + values.numel()].view(values.shape)
+    return inner.copy_(values), buffer
+
+
+def check_passes(device: str) -> None:
+    """Each pass: both orientations, sizes that are no multiple of a block or a vector, addresses
+    that are multiples of 16 bytes and others; nothing is written next to a matrix."""
+    torch.manual_seed(0)
+    cases = itertools.product(MATRICES[device], (4, 5), (True, False), (0.95, 0.3))
+    dtypes = itertools.cycle(ROUNDING)  # 8 cases a shape, 3 dtypes: all of them meet
+    for shape, offset, nesterov, momentum in cases:
+        dtype = next(dtypes)
+        exact = [
+            [torch.randn(shape, device=device).double() for _ in range(3)] for _ in range(3)
+        ]
+        small, guards = [], []
+        for some in exact:
+            inner, buffers = zip(*(placed(x, offset, device) for x in some), strict=True)
+            small.append(list(inner))
+            guards += buffers
+        mix = {"momentum": momentum, "nesterov": nesterov}
+        (params, buffers, grads), (p, b, g) = exact, small
+        before = [x.clone() for x in g]
+
+        wanted = PLAIN.momentum(buffers, grads, **mix)
+        norms = TRITON.momentum(b, g, **mix)
+        torch.testing.assert_close(norms.double(), wanted, rtol=1e-6, atol=0)
+        assert_close_rms(torch.stack(b), torch.stack(buffers), ROUNDING[torch.float32])
+
+        want = torch.empty(3, *shape, dtype=torch.float64, device=device)
+        out = torch.full((3, *shape), math.nan, dtype=dtype, device=device)
+        PLAIN.directions(want, buffers, grads, 1 / wanted, **mix)
+        TRITON.directions(out, b, g, 1 / norms, **mix)
+        assert_close_rms(out, want, ROUNDING[dtype])
+
+        for shrink, scale in ((1.0, 0.3), (0.9, 0.7)):
+            PLAIN.update(params, out.double(), shrink=shrink, scale=scale)
+            versions = [x._version for x in p]
+            TRITON.update(p, out, shrink=shrink, scale=scale)
+            assert all(x._version > v for x, v in zip(p, versions, strict=True))
+            assert_close_rms(torch.stack(p), torch.stack(params), ROUNDING[torch.float32])
+        assert all(x.equal(y) for x, y in zip(g, before, strict=True))
+        for buffer in guards:
+            rest = torch.cat([buffer[:offset], buffer[offset + math.prod(shape) :]])
+            assert (rest == GUARD).all()
+
+
+def check_not_finite(device: str) -> None:
+    """A NaN reaches its own norm only."""
+    b, g = ([torch.randn(9, 50, device=device) for _ in range(3)] for _ in range(2))
+    g[1][8, 49] = math.nan
+    norms = TRITON.momentum(b, g, momentum=0.95, nesterov=True)
+    assert norms.isnan().tolist() == [False, True, False]
+
+
+def stepped(device: str, nesterov: bool) -> list[Tensor]:
+    """Weights and momentum after steps with two groups, whose matrices share stacks, and a
+    schedule."""
+    params = random_params([*SHAPES, *SHAPES], device=device)
+    groups = [
+        {"params": params[: len(SHAPES)], "lr": 0.02, "weight_decay": 0.1},
+        {"params": params[len(SHAPES) :], "lr": 0.05},
+    ]
+    muon = Muon(groups, nesterov=nesterov, ns_dtype=torch.float32)
+    for step in range(3):
+        give_grads(params, seed=step)
+        params[2].grad = None if step == 1 else params[2].grad
+        muon.param_groups[1]["lr"] = 0.05 / (1 + step)
+        muon.step()
+    return [*(p.detach() for p in params), *(s["momentum_buffer"] for s in muon.state.values())]
+
+
+def check_muon(device: str) -> None:
+    """Whole steps: the same weights and momentum as with PyTorch's passes."""
+    for nesterov in (True, False):
+        with mock.patch.object(muon_module, "PLAIN", None):  # no stack falls back
+            results = stepped(device, nesterov)
+        with mock.patch.object(muon_module, "uses_triton", lambda tensors: False):
+            wanted = stepped(device, nesterov)
+        for x, y in zip(results, wanted, strict=True):
+            assert_close_rms(x, y, 1e-5)
+
+
+def random_tensors(device: str) -> list[Tensor]:
+    """Around the elements of a program; a scalar, an empty one, one that starts in a vector."""
+    whole = multi_tensor.BLOCK * multi_tensor.BLOCKS
+    shapes = [(3,), (), (whole,), (0,), (whole + 1,), (2, whole - 1), (5, whole), (1,)]
+    generator = torch.Generator().manual_seed(1)
+    return [torch.randn(shape, generator=generator).to(device) for shape in shapes]
+
+
+def check_scale(device: str) -> None:
+    for offset, value in itertools.product((4, 5), (0.37, 0.0, math.nan, math.inf)):
+        factor = torch.tensor(value, device=device)
+        pairs = [placed(x, offset, device) for x in random_tensors(device)]
+        tensors = [inner for inner, _ in pairs]
+        wanted = [x * factor for x in tensors]
+        with mock.patch.object(torch, "_foreach_mul_", side_effect=AssertionError):
+            scale_(tensors, factor)
+        for (inner, buffer), want in zip(pairs, wanted, strict=True):
+            assert torch.equal(inner.nan_to_num(nan=7.0), want.nan_to_num(nan=7.0))
+            rest = torch.cat([buffer[:offset], buffer[offset + inner.numel() :]])
+            assert (rest == GUARD).all()
+
+
+def check_scale_by_one(device: str) -> None:
+    """Nothing is written: a multiplication, even by 1, makes a signalling NaN quiet."""
+    signalling = 0x7F800001
+    tensors = random_tensors(device)
+    for factor, touched in ((1.0, False), (0.5, True)):
+        for x in tensors:
+            x.view(torch.int32).fill_(signalling)
+        scale_(tensors, torch.tensor(factor, device=device))
+        for x in tensors:
+            assert ((x.view(torch.int32) != signalling) == touched).all()
+
+
+def check_clipping(device: str) -> None:
+    """`clip_grad_norm` scales by the kernel, NaN included; other dtypes as before."""
+    params = [nn.Parameter(x) for x in random_tensors(device)]
+    for bad, max_norm in ((False, 0.5), (False, 1e9), (True, 0.5)):
+        for p in params:
+            p.grad = torch.randn(p.shape, generator=torch.Generator().manual_seed(5)).to(device)
+        if bad:
+            params[2].grad[-1] = math.inf
+        norm = torch.cat([p.grad.flatten() for p in params]).double().norm()
+        factor = (max_norm / (norm + 1e-6)).clamp(max=1)
+        wanted = [p.grad * factor for p in params]
+        with mock.patch.object(torch, "_foreach_mul_", side_effect=AssertionError):
+            measured = clip_grad_norm(params, max_norm)
+        torch.testing.assert_close(measured, norm.float())
+        for p, want in zip(params, wanted, strict=True):
+            torch.testing.assert_close(p.grad, want.float(), equal_nan=True, rtol=1e-5, atol=1e-9)
+
+
+def check_tables(device: str) -> None:
+    """A table is copied once while nothing moves, and anew when something does."""
+    tensors = [torch.randn(5, device=device) for _ in range(3)]
+    (table,), _ = multi_tensor._tables(tensors)
+    assert table.tolist() == [x.data_ptr() for x in tensors]
+    assert multi_tensor._tables(tensors)[0][0] is table
+    held, tensors[1] = tensors[1], torch.randn(5, device=device)
+    (other,), _ = multi_tensor._tables(tensors)
+    assert other.tolist() == [x.data_ptr() for x in tensors] != table.tolist()
+    assert held.data_ptr() == table.tolist()[1]
+
+
+CHECKS = [
+    check_passes, check_not_finite, check_muon, check_scale, check_scale_by_one, check_clipping,
+    check_tables,
+]  # fmt: skip
+
+
+def interpret(name: str) -> None:
+    """What the process of `test_interpreted` runs."""
+    everything = {"uses_triton": lambda tensors: True}
+    small = {"BLOCK": 64, "BLOCKS": 3, **everything}
+    with mock.patch.multiple(multi_tensor, **small), mock.patch.multiple(muon_module, **everything):
+        globals()[name]("cpu")
+
+
+@pytest.mark.parametrize("check", CHECKS, ids=lambda c: c.__name__)
+def test_interpreted(check):
+    pytest.importorskip("triton")
+    here = Path(__file__).resolve().parent
+    path = os.pathsep.join(str(p) for p in (here, here.parent, here.parents[1]))
+    code = f"import test_multi_tensor as t; t.interpret('{check.__name__}')"
+    env = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": path}
+    subprocess.run([sys.executable, "-c", code], env=env, check=True, timeout=300)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+@pytest.mark.parametrize("check", CHECKS, ids=lambda c: c.__name__)
+def test_on_a_gpu(check):
+    check("cuda")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+def test_nothing_waits_for_the_gpu(monkeypatch):
+    params = random_params([*SHAPES, *SHAPES], device="cuda")
+    muon = Muon(params, lr=0.02)
+    give_grads(params, seed=0)
+    monkeypatch.setattr("muon.PLAIN", None)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        clip_grad_norm(params, 1.0)
+        muon.step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+def test_what_triton_takes():
+    good = torch.randn(4, 6, device="cuda")
+    assert uses_triton([good, good[1:]])
+    for bad in (good.T, good.double(), good.bfloat16(), good.cpu(), good[:, 1:]):
+        assert not uses_triton([good, bad])
+
+
+def test_a_cpu_takes_pytorch():
+    assert not uses_triton([torch.randn(4, 6)])
