@@ -37,7 +37,8 @@ class StepTimer:
             metrics |= timer.read()
 
     CUDA is synchronised in read() and around paused() only, never between micro-batches. Who knows
-    better when the steps were done calls mark() after them and read(mark) at that moment.
+    better when the steps were done calls mark() after them and read(mark) at that moment, or
+    read(mark, now) at any later one.
 
     Args:
         total_steps: of the stage, for the time left.
@@ -83,9 +84,12 @@ class StepTimer:
         self.tokens, self.steps, self.idle = 0, 0, 0.0
         return counts
 
-    def read(self, mark: tuple[int, int, float] | None = None) -> dict[str, float]:
+    def read(
+        self, mark: tuple[int, int, float] | None = None, now: float | None = None
+    ) -> dict[str, float]:
         """tok/s, time_per_step (s) and eta (s) of the steps since the last read; {} if none."""
-        now = self._now() if mark is None else self.clock()
+        if now is None:
+            now = self._now() if mark is None else self.clock()
         tokens, steps, idle = mark or self.mark()
         if not steps:
             return {}

@@ -6,11 +6,12 @@ Every hidden matrix moves along the orthogonal factor of its momentum, found by 
 iterations: that, and no second moment, is the diff from AdamW. `optimizer.py` decides which
 parameters come here.
 
-Shapes: N matrices in a stack, R rows, C columns with R <= C (tall matrices are transposed).
+Shapes: N matrices in a stack, R rows, C columns, S = min(R, C).
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections import defaultdict
 from collections.abc import Callable
@@ -21,6 +22,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from config import UserError
+from ops.multi_tensor import PLAIN, TRITON, Passes, uses_triton
 
 EPS = 1e-7  # floor of the norm that Newton-Schulz divides by, as in torch.optim.Muon
 
@@ -62,16 +64,15 @@ ADJUST_LR: dict[str, Callable[[int, int], float]] = {
 }
 
 # Elements of one Newton-Schulz stack (a larger matrix goes alone): enough small matrices to fill a
-# GPU, yet few enough that the stacks of a small model still spread over 8 ranks. An H100 takes
-# 10.3 ms and 213 MiB a step for 135M parameters; 9.0 ms and 532 MiB with 2**26, 22 ms with 2**22.
-# A model of many more elements has stacks of one in STACK_SHARE of them.
+# GPU, yet few enough that the stacks of a small model still spread over 8 ranks. A model of many
+# more elements has stacks of one in STACK_SHARE of them.
 STACK_ELEMENTS = 2**24
 STACK_SHARE = 32
 
-# From this ratio of columns to rows on Newton-Schulz runs on Gram matrices, which are brought up to
-# date after the first two iterations, then after every three. In float16 that errs by 2e-3 on a
-# random matrix and by 3e-2 where singular values fall as 1 / i^2, as the plain iteration does; in
-# bfloat16 that errs by 1e-2 and 2e-1 (192 x 1120, polar_express, against float64).
+# From this ratio of the sides on Newton-Schulz runs on Gram matrices, which are brought up to date
+# after the first two iterations, then after every three. In float16 that errs by 3e-3 on a random
+# matrix and by 3e-2 where singular values fall as 1 / i^2, the plain iteration by 1e-3 and 3e-2; in
+# bfloat16 the plain one errs by 1e-2 and 2e-1 (192 x 1120, polar_express, against float64).
 WIDE = 2
 PARTS = (2, 3)
 
@@ -115,7 +116,7 @@ def newton_schulz_ref(
 def newton_schulz(
     stack: Tensor, *, coefficients: str = "polar_express", steps: int = 5, eps: float = EPS
 ) -> Tensor:
-    """`newton_schulz_ref` on every matrix of stack [N, R, C], R <= C, computed in its dtype."""
+    """`newton_schulz_ref` on every matrix of stack [N, R, C], computed in its dtype."""
     _, slack = _polynomials(coefficients, steps)
     norm_dtype = torch.promote_types(stack.dtype, torch.float32)
     norm = torch.linalg.vector_norm(stack, dim=(1, 2), keepdim=True, dtype=norm_dtype)
@@ -124,17 +125,20 @@ def newton_schulz(
 
 
 def orthogonalise(x: Tensor, *, coefficients: str, steps: int) -> Tensor:
-    """The iterations on stack x [N, R, C], R <= C, already divided by its norms.
+    """The iterations on stack x [N, R, C], already divided by its norms; contiguous.
 
-    Where C >= WIDE R they run on Gram matrices X X^T [R, R], of which each iteration is a
-    polynomial, and their product is multiplied into X: with C = 6 R two fifths fewer FLOPs.
+    They multiply from the shorter side: tall matrices by polynomials in X^T X [S, S] from the
+    right, the others by polynomials in X X^T [S, S] from the left.
+    Where one side is WIDE times the other they run on these Gram matrices, of which each iteration
+    is a polynomial, and their product is multiplied into X: with C = 6 R two fifths fewer FLOPs.
     Rounding lets the smallest eigenvalues drift, so X and its Gram matrix are brought up to date
     after each of PARTS iterations, and bfloat16 takes the plain way, as it would drift too soon
     (Gram Newton-Schulz, https://tridao.me/blog/2026/gram-newton-schulz/).
     """
-    assert x.ndim == 3 and x.shape[1] <= x.shape[2], x.shape
+    assert x.ndim == 3, x.shape
     polynomials, _ = _polynomials(coefficients, steps)
-    if x.shape[2] >= WIDE * x.shape[1] and x.dtype != torch.bfloat16:
+    short, long = sorted(x.shape[1:])
+    if long >= WIDE * short and x.dtype != torch.bfloat16:
         done = 0
         while done < steps:
             part = polynomials[done : done + PARTS[min(done, 1)]]
@@ -142,26 +146,39 @@ def orthogonalise(x: Tensor, *, coefficients: str, steps: int) -> Tensor:
             done += len(part)
         return x
     for a, b, c in polynomials:
-        gram = x @ x.mT  # [N, R, R]
+        gram = _gram(x)
         poly = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)  # b A + c A^2
-        x = torch.baddbmm(x, poly, x, beta=a)  # [N, R, C]
+        # baddbmm copies x first. bmm with a on the diagonal of poly would not, but a + poly rounds:
+        # 1.4 to 1.7 times the error in float16, 1.5 to 3 times in bfloat16 (random matrices of
+        # 256 x 256 and 192 x 1120, both kinds of coefficients, against float64).
+        x = torch.baddbmm(x, *_in_order(poly, x), beta=a)  # [N, R, C]
     return x
+
+
+def _gram(x: Tensor) -> Tensor:
+    """[N, S, S]; a view is transposed, nothing in memory."""
+    wide = x.mT if x.shape[1] > x.shape[2] else x
+    return wide @ wide.mT
+
+
+def _in_order(poly: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+    """The factors of a product with poly [N, S, S], symmetric, on the side of x where it fits."""
+    return (x, poly) if x.shape[1] > x.shape[2] else (poly, x)
 
 
 def _gram_iterations(x: Tensor, polynomials: list[tuple[float, float, float]]) -> Tensor:
     """The same, without touching x [N, R, C] in between."""
-    gram, product = x @ x.mT, None
+    gram, product = _gram(x), None
     for i, (a, b, c) in enumerate(polynomials):
+        last = i + 1 == len(polynomials)
         poly = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)  # (a + poly) is this iteration
-        if product is None:
-            product = poly.clone()
-            product.diagonal(dim1=1, dim2=2).add_(a)
-        else:
-            product = torch.baddbmm(product, poly, product, beta=a)
-        if i + 1 < len(polynomials):  # (a + poly)^2 gram; all of them commute
-            half = torch.baddbmm(gram, poly, gram, beta=a)
-            gram = torch.baddbmm(half, poly, half, beta=a)
-    return product @ x
+        product = poly if product is None else torch.baddbmm(product, poly, product, beta=a)
+        half = None if last else torch.baddbmm(gram, poly, gram, beta=a)
+        # From here on poly has a on its diagonal: the first product wants it, and baddbmm would
+        # copy its addend. Elsewhere that rounding would cost accuracy.
+        poly.diagonal(dim1=1, dim2=2).add_(a)
+        gram = None if last else poly @ half  # (a + poly)^2 gram; all of them commute
+    return torch.bmm(*_in_order(product, x))
 
 
 # Muon
@@ -178,42 +195,50 @@ class _Matrix:
     shrink: float  # the weight is multiplied by this: decoupled weight decay
     scale: float  # lr times the adjustment for the shape
 
-    @property
-    def tall(self) -> bool:
-        return self.param.shape[0] > self.param.shape[1]
+
+@dataclass
+class _Stack:
+    """Matrices of one shape, device and momentum, whose updates are computed together."""
+
+    matrices: list[_Matrix]
+    passes: Passes
+    norms: Tensor | None = None  # [N], of the directions, once the momentum is up to date
 
 
-def _make_stacks(matrices: list[_Matrix]) -> list[list[_Matrix]]:
-    """Same shape up to transposition, at most STACK_ELEMENTS or a share of all, filled evenly.
+def _make_stacks(matrices: list[_Matrix]) -> list[_Stack]:
+    """Same shape, at most STACK_ELEMENTS or a share of all, filled evenly.
 
     Stacks do not depend on the number of ranks: whole stacks are dealt out, so the very same
     kernels run on the very same shapes and the update is bitwise that of a single process.
     """
     by_shape = defaultdict(list)
     for matrix in matrices:
-        key = (min(matrix.param.shape), max(matrix.param.shape))
-        by_shape[(*key, matrix.param.device, matrix.momentum)].append(matrix)
+        p = matrix.param
+        by_shape[p.shape, p.device, matrix.momentum].append(matrix)
     stacks = []
     share = sum(m.param.numel() for m in matrices) // STACK_SHARE
-    for (rows, cols, _, _), same in by_shape.items():
-        n, fit = len(same), max(1, max(STACK_ELEMENTS, share) // (rows * cols))
+    for (shape, _, _), same in by_shape.items():
+        n, fit = len(same), max(1, max(STACK_ELEMENTS, share) // shape.numel())
         count = math.ceil(n / fit)
-        stacks += [same[n * i // count : n * (i + 1) // count] for i in range(count)]
+        triton = uses_triton(t for m in same for t in (m.param, m.grad, m.momentum_buffer))
+        for i in range(count):
+            some = same[n * i // count : n * (i + 1) // count]
+            stacks.append(_Stack(some, TRITON if triton else PLAIN))
     return stacks
 
 
-def _deal(stacks: list[list[_Matrix]], world_size: int) -> list[list[tuple[int, list[_Matrix]]]]:
+def _deal(stacks: list[_Stack], world_size: int) -> list[list[tuple[int, _Stack]]]:
     """Deal stacks over ranks, dearest first to the least loaded; returns rounds of (owner, stack).
 
     A round holds at most one stack of each rank. Every rank gets the same answer.
     """
 
-    def cost(stack: list[_Matrix]) -> int:
-        rows, cols = min(stack[0].param.shape), max(stack[0].param.shape)
-        return len(stack) * rows * rows * (2 * cols + rows)
+    def cost(stack: _Stack) -> int:
+        short, long = sorted(stack.matrices[0].param.shape)
+        return len(stack.matrices) * short * short * (2 * long + short)
 
     load = [0] * world_size
-    hands: list[list[list[_Matrix]]] = [[] for _ in range(world_size)]
+    hands: list[list[_Stack]] = [[] for _ in range(world_size)]
     for stack in sorted(stacks, key=cost, reverse=True):
         owner = load.index(min(load))
         load[owner] += cost(stack)
@@ -287,7 +312,10 @@ class Muon(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self) -> None:
         self.init_state()
-        rounds = _deal(_make_stacks(self._update_momentum()), self.world_size)
+        stacks = _make_stacks(self._matrices())
+        for stack in stacks:
+            self._update_momentum(stack)
+        rounds = _deal(stacks, self.world_size)
         # One round is applied while the next is computed and sent: the exchange hides behind
         # Newton-Schulz, and at most two rounds of updates are alive.
         in_flight: list[tuple] = []
@@ -297,37 +325,38 @@ class Muon(torch.optim.Optimizer):
             in_flight = sent
         self._apply(in_flight)
 
-    def _update_momentum(self) -> list[_Matrix]:
+    def _matrices(self) -> list[_Matrix]:
         matrices = []
         for group in self.param_groups:
-            lr, momentum = group["lr"], group["momentum"]
-            shrink = 1 - lr * group["weight_decay"]
-            params = [p for p in group["params"] if p.grad is not None]
-            if not params:
-                continue
-            grads = [p.grad for p in params]
-            buffers = [self.state[p]["momentum_buffer"] for p in params]
-            torch._foreach_lerp_(buffers, grads, 1 - momentum)
-            for p, grad, buffer in zip(params, grads, buffers, strict=True):
-                scale = lr * self.adjust(*p.shape)
-                matrices.append(_Matrix(p, grad, buffer, momentum, shrink, scale))
+            lr, momentum = group["lr"], float(group["momentum"])
+            shrink = 1.0 - lr * group["weight_decay"]
+            for p in group["params"]:
+                if p.grad is not None:
+                    buffer, scale = self.state[p]["momentum_buffer"], lr * self.adjust(*p.shape)
+                    matrices.append(_Matrix(p, p.grad, buffer, momentum, shrink, scale))
         return matrices
 
-    def _orthogonalise(self, stack: list[_Matrix], out: Tensor) -> Tensor:
-        directions = [m.momentum_buffer for m in stack]
-        if self.nesterov:
-            directions = torch._foreach_lerp([m.grad for m in stack], directions, stack[0].momentum)
-        norms = torch._foreach_norm(directions, 2)
-        for slot, matrix, direction, norm in zip(out, stack, directions, norms, strict=True):
-            factor = (norm * self.slack).clamp(min=self.eps).reciprocal()
-            torch.mul(direction.T if matrix.tall else direction, factor, out=slot)
+    def _settings(self, stack: _Stack) -> tuple[list[Tensor], list[Tensor], dict]:
+        """What both passes over the momentum are told: buffers, gradients, how to mix them."""
+        buffers = [m.momentum_buffer for m in stack.matrices]
+        grads = [m.grad for m in stack.matrices]
+        return buffers, grads, {"momentum": stack.matrices[0].momentum, "nesterov": self.nesterov}
+
+    def _update_momentum(self, stack: _Stack) -> None:
+        buffers, grads, mix = self._settings(stack)
+        stack.norms = stack.passes.momentum(buffers, grads, **mix)
+
+    def _orthogonalise(self, stack: _Stack, out: Tensor) -> Tensor:
+        buffers, grads, mix = self._settings(stack)
+        factors = (stack.norms * self.slack).clamp(min=self.eps).reciprocal()
+        stack.passes.directions(out, buffers, grads, factors, **mix)
         return orthogonalise(out, **self.ns_settings)
 
-    def _exchange(self, owner: int, stack: list[_Matrix]) -> tuple:
+    def _exchange(self, owner: int, stack: _Stack) -> tuple:
         """Compute the update of a stack, or start to receive it; (stack, update, pending work)."""
-        param = stack[0].param
+        param = stack.matrices[0].param
         default = torch.float16 if param.is_cuda else torch.float32
-        shape = (len(stack), min(param.shape), max(param.shape))
+        shape = (len(stack.matrices), *param.shape)
         update = torch.empty(shape, dtype=self.ns_dtype or default, device=param.device)
         if owner == self.rank:
             update = self._orthogonalise(stack, update)
@@ -342,13 +371,11 @@ class Muon(torch.optim.Optimizer):
         for stack, update, work in received:
             if work is not None:
                 work.wait()
-            alike = defaultdict(lambda: ([], []))  # (shrink, scale) -> (params, updates)
-            for matrix, one in zip(stack, update, strict=True):
-                params, updates = alike[matrix.shrink, matrix.scale]
-                params.append(matrix.param)
-                updates.append(one.T if matrix.tall else one)
-            for (shrink, scale), (params, updates) in alike.items():
-                if shrink != 1:
-                    torch._foreach_mul_(params, shrink)
-                for param, one in zip(params, updates, strict=True):
-                    param.add_(one, alpha=-scale)  # casts as it reads: no copy in float32
+            first = 0
+            for (shrink, scale), run in itertools.groupby(
+                stack.matrices, lambda m: (m.shrink, m.scale)
+            ):  # groups of parameters follow one another
+                params = [m.param for m in run]
+                some = update[first : first + len(params)]
+                stack.passes.update(params, some, shrink=shrink, scale=scale)
+                first += len(params)

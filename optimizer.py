@@ -6,7 +6,7 @@ Learning rates: Muon's unit depends on `adjust_lr`. "match_rms_adamw" gives the 
 typical AdamW update, so that AdamW's lr and weight decay carry over; "original" keeps the scale of
 the orthogonal update itself, where 0.02 is usual.
 
-Shapes: N matrices in a stack, R rows, C columns with R <= C (tall matrices are transposed).
+Shapes: N matrices in a stack, R rows, C columns.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from config import UserError
 from muon import Muon, choose, is_sharded
+from ops.multi_tensor import scale_
 
 # Modules whose 2-D weight is no hidden matrix: rows are tokens or heads of a scalar gate, or the
 # matrix is a factor of low rank (decays, data-dependent shifts) or a feature map inside a head.
@@ -283,8 +284,8 @@ def clip_grad_norm(params: Iterable[nn.Parameter], max_norm: float) -> Tensor:
     total = torch.linalg.vector_norm(torch.stack(totals))
     if max_norm > 0:
         factor = (max_norm / (total + 1e-6)).clamp(max=1.0)
-        for some in kinds.values():
-            torch._foreach_mul_(some, factor)
+        for sharded, some in kinds.items():
+            (torch._foreach_mul_ if sharded else scale_)(some, factor)
     return total
 
 

@@ -27,6 +27,16 @@ class StepLog:
         self.run, self.plan, self.timer, self.rates = run, plan, timer, rates
         self.late = run.world.device.type == "cuda"
         self.pending: tuple | None = None
+        # An event of the device, and what the host's clock said then: steps are timed by events,
+        # as the host may look long after they were done.
+        self.base = self._event(), timer.last_read
+
+    def _event(self) -> torch.cuda.Event | None:
+        if not self.late:
+            return None
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
 
     def take(self, values: dict) -> None:
         """The values of the step that was just launched."""
@@ -34,12 +44,10 @@ class StepLog:
         names = [n for n in values if n not in ("lr", "grad_norm")]
         sums = all_sum(torch.stack([values[n].float() for n in names]), run.world)
         sums = torch.cat([sums, values["grad_norm"].to(sums).reshape(1)])
-        done = None
         if self.late:
             sums = sums.to("cpu", non_blocking=True)  # into pinned memory
-            done = torch.cuda.Event()
-            done.record()
-        self.pending = run.step, [*names, "grad_norm"], sums, values["lr"], self.timer.mark(), done
+        done, mark = self._event(), self.timer.mark()
+        self.pending = run.step, [*names, "grad_norm"], sums, values["lr"], mark, done
         if not self.late:
             self.flush()
 
@@ -48,16 +56,19 @@ class StepLog:
         if self.pending is None:
             return
         run, (step, names, sums, lr, mark, done) = self.run, self.pending
-        self.pending = None
+        self.pending, now = None, None
         if done is not None:
             done.synchronize()
+            event, then = self.base
+            now = then + event.elapsed_time(done) / 1e3
+            self.base = done, now
         row = {**dict(zip(names, sums.tolist(), strict=True)), "lr": lr}
         if not math.isfinite(row["loss"]):
             raise FloatingPointError(
                 f"stage {self.plan.name}, step {step}: the loss is {row['loss']}; the last "
                 f"checkpoint in {run.folder} is from before"
             )
-        row |= self.timer.read(mark)
+        row |= self.timer.read(mark, now)
         rate = row.get("tok/s")
         if rate:
             row["mfu"] = mfu(rate, self.rates["model"], run.world.size, self.rates["peak"])

@@ -63,11 +63,11 @@ def direction_kernel(
 
 @triton.jit
 def update_kernel(
-    params, updates, size, shrink, scale, ALIGN: tl.constexpr, BLOCK: tl.constexpr,
+    weights, updates, size, shrink, scale, ALIGN: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """p <- shrink p - scale u, with updates [N, size] in any dtype."""
     n, first, lane, inside = _tile(size, BLOCK)
-    at = _tensor(params, n, ALIGN) + first + lane
+    at = _tensor(weights, n, ALIGN) + first + lane
     u = tl.load(updates + n * size + first + lane, mask=inside, other=0).to(tl.float32)
     p = tl.load(at, mask=inside, other=0)
     tl.store(at, p * shrink - scale * u, mask=inside)

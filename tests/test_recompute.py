@@ -28,6 +28,7 @@ def model_with(name: str, dtype=torch.float64):
     """A softmax block and one of `name` ("softmax" or a mixer)."""
     kinds = {"softmax": "FF", "sliding_window": "FS"}.get(name, "FL")
     changes = {"mixer": [name]} if kinds == "FL" else {}
+    changes["intermediate_size"] = 64  # an MLP as wide as real ones: what selective computes again
     return tiny_model(kinds, dtype=dtype, **changes)
 
 

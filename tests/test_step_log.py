@@ -23,12 +23,19 @@ class Event:
     """torch.cuda.Event, as far as it is used; counts what was waited for."""
 
     waited = 0
+    clock = None
+
+    def __init__(self, enable_timing: bool):
+        assert enable_timing
 
     def record(self) -> None:
-        pass
+        self.time = Event.clock()
 
     def synchronize(self) -> None:
         Event.waited += 1
+
+    def elapsed_time(self, other: Event) -> float:
+        return 1e3 * (other.time - self.time)
 
 
 @pytest.fixture
@@ -41,9 +48,12 @@ def log(tmp_path, monkeypatch):
         logger=MetricsLogger(tmp_path),
     )  # fmt: skip
     now = SimpleNamespace(seconds=0.0)
+    monkeypatch.setattr(Event, "clock", lambda: now.seconds)
     timer = StepTimer(10, clock=lambda: now.seconds)
+    run.world = World(0, 1, torch.device("cuda"))
+    monkeypatch.setattr(step_log, "memory_gib", lambda device: 1.0)
     log = step_log.StepLog(run, SimpleNamespace(name="align"), timer, RATES)
-    log.late, log.now = True, now
+    log.now = now
     return log
 
 
@@ -56,13 +66,16 @@ def launch(log, loss: float) -> None:
 
 
 def test_a_row_comes_with_the_step_after(log):
+    """And says how long the device took for it, whenever the host looks."""
+    log.now.seconds = 2.0
     launch(log, 1.0)
     assert metric_rows(log.run.folder) == {} and Event.waited == 0
-    log.now.seconds = 2.0
+    log.now.seconds = 5.0
     log.flush()
+    log.now.seconds = 6.0
     launch(log, 4.0)
     assert metric_rows(log.run.folder) == {1: 1.0}
-    log.now.seconds = 6.0
+    log.now.seconds = 60.0
     log.flush()
     log.flush()
     assert metric_rows(log.run.folder) == {1: 1.0, 2: 4.0} and Event.waited == 2
@@ -75,8 +88,8 @@ def test_a_row_comes_with_the_step_after(log):
 def test_steps_in_between_count(log):
     log.timer.step(100)
     log.timer.step(100)
-    launch(log, 1.0)
     log.now.seconds = 3.0
+    launch(log, 1.0)
     log.flush()
     assert metric_rows(log.run.folder, "tok/s") == {1: 100.0}
 

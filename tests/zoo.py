@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-# tall, wide, square, a vector-like one, and repeats that share a stack (tall ones transposed)
+# tall, wide, square, a vector-like one, and repeats that share a stack
 SHAPES = [(24, 40), (40, 24), (24, 40), (32, 32), (32, 32), (7, 1), (40, 24), (5, 63)]
 
 

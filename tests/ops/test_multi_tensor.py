@@ -50,9 +50,7 @@ def check_passes(device: str) -> None:
     dtypes = itertools.cycle(ROUNDING)  # 8 cases a shape, 3 dtypes: all of them meet
     for shape, offset, nesterov, momentum in cases:
         dtype = next(dtypes)
-        exact = [
-            [torch.randn(shape, device=device).double() for _ in range(3)] for _ in range(3)
-        ]
+        exact = [[torch.randn(shape, device=device).double() for _ in range(3)] for _ in range(3)]
         small, guards = [], []
         for some in exact:
             inner, buffers = zip(*(placed(x, offset, device) for x in some), strict=True)

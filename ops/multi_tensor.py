@@ -1,0 +1,199 @@
+"""Elementwise passes over many tensors: Muon's momentum, directions and updates; gradient clipping.
+
+    B <- lerp(B, G, 1 - mu),   D = lerp(G, B, mu)  if nesterov else  B        and  ||D||_F
+    out <- f D                                                                with f = 1 / ||D||_F
+    W <- shrink W - scale O
+
+`PLAIN` is PyTorch (any device and dtype). `TRITON` is a kernel each (CUDA, contiguous float32),
+which reads and writes every element once; one launch takes all N matrices of a shape, whose
+addresses it finds in a table on the device. Nothing here waits for the device.
+Check: `pytest tests/ops/test_multi_tensor.py`, which interprets the Triton code on a CPU.
+Shapes: N matrices of R rows and C columns, P programs a matrix.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+from collections.abc import Callable, Iterable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+BLOCK, WARPS = 4096, 8  # of a program: elements at a time
+BLOCKS = 8  # of a program that scales: so few programs that they cost nothing where the factor is 1
+
+
+class Passes(NamedTuple):
+    """One form of Muon's passes. Matrices are lists of N [R, C]."""
+
+    momentum: Callable  # (buffers, grads, *, momentum, nesterov) -> norms [N] of the directions
+    directions: Callable  # (out [N, R, C], buffers, grads, factors [N], *, momentum, nesterov)
+    update: Callable  # (params, updates [N, R, C], *, shrink, scale)
+
+
+# PyTorch
+
+
+def _directions(
+    buffers: list[Tensor], grads: list[Tensor], momentum: float, nesterov: bool
+) -> Sequence[Tensor]:
+    return torch._foreach_lerp(grads, buffers, momentum) if nesterov else buffers
+
+
+def plain_momentum(
+    buffers: list[Tensor], grads: list[Tensor], *, momentum: float, nesterov: bool
+) -> Tensor:
+    """Buffers brought up to date, in place; the norms [N] of the directions."""
+    torch._foreach_lerp_(buffers, grads, 1 - momentum)
+    return torch.stack(torch._foreach_norm(_directions(buffers, grads, momentum, nesterov), 2))
+
+
+def plain_directions(
+    out: Tensor,
+    buffers: list[Tensor],
+    grads: list[Tensor],
+    factors: Tensor,
+    *,
+    momentum: float,
+    nesterov: bool,
+) -> None:
+    """The directions times factors [N] into out [N, R, C], in its dtype."""
+    directions = _directions(buffers, grads, momentum, nesterov)
+    for slot, direction, factor in zip(out, directions, factors, strict=True):
+        torch.mul(direction, factor, out=slot)
+
+
+def plain_update(params: list[Tensor], updates: Tensor, *, shrink: float, scale: float) -> None:
+    """Parameters, in place, from updates [N, R, C] in any dtype."""
+    if shrink != 1:
+        torch._foreach_mul_(params, shrink)
+    for param, update in zip(params, updates, strict=True):
+        param.add_(update, alpha=-scale)  # casts as it reads: no copy in float32
+
+
+PLAIN = Passes(plain_momentum, plain_directions, plain_update)
+
+# Triton
+
+
+@functools.cache
+def kernels():
+    """The module of the Triton kernels. Triton is missing where there is no CUDA."""
+    from ops import multi_tensor_kernels
+
+    return multi_tensor_kernels
+
+
+@functools.cache
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+def uses_triton(tensors: Iterable[Tensor]) -> bool:
+    """Whether the Triton kernels can take these."""
+    return _has_triton() and all(
+        t.is_cuda and t.dtype == torch.float32 and t.is_contiguous() for t in tensors
+    )
+
+
+def _to_device(numbers: Tensor, device: torch.device) -> Tensor:
+    """Without waiting for it."""
+    pinned = numbers.pin_memory() if device.type == "cuda" else numbers
+    return pinned.to(device, non_blocking=True)
+
+
+@functools.lru_cache(maxsize=1024)  # weights and momentum stay where they are, gradients mostly
+def _table(addresses: tuple[int, ...], device: torch.device) -> Tensor:
+    return _to_device(torch.tensor(addresses, dtype=torch.int64), device)
+
+
+def _tables(*lists: list[Tensor]) -> tuple[list[Tensor], int]:
+    """The table of addresses [N] of each list, and 16 if all are multiples of 16 bytes, else 4."""
+    addresses = [tuple(t.data_ptr() for t in tensors) for tensors in lists]
+    align = 16 if all(a % 16 == 0 for some in addresses for a in some) else 4
+    return [_table(some, lists[0][0].device) for some in addresses], align
+
+
+def _grid(matrices: list[Tensor]) -> tuple[int, int]:
+    assert all(m.shape == matrices[0].shape for m in matrices)
+    return -(-matrices[0].numel() // BLOCK), len(matrices)
+
+
+def triton_momentum(
+    buffers: list[Tensor], grads: list[Tensor], *, momentum: float, nesterov: bool
+) -> Tensor:
+    """`plain_momentum`: the same order of the sums in every run."""
+    (b, g), align = _tables(buffers, grads)
+    grid = _grid(buffers)
+    partial = torch.empty(grid[::-1], dtype=torch.float32, device=b.device)  # [N, P]
+    with torch.cuda.device_of(b):
+        kernels().momentum_kernel[grid](
+            b, g, partial, buffers[0].numel(), momentum, 1 - momentum, NESTEROV=nesterov,
+            ALIGN=align, BLOCK=BLOCK, num_warps=WARPS,
+        )  # fmt: skip
+    return partial.sum(1).sqrt_()
+
+
+def triton_directions(
+    out: Tensor,
+    buffers: list[Tensor],
+    grads: list[Tensor],
+    factors: Tensor,
+    *,
+    momentum: float,
+    nesterov: bool,
+) -> None:
+    """`plain_directions`."""
+    assert out.is_contiguous() and out.shape == (len(buffers), *buffers[0].shape)
+    (b, g), align = _tables(buffers, grads)
+    with torch.cuda.device_of(b):
+        kernels().direction_kernel[_grid(buffers)](
+            out, b, g, factors, buffers[0].numel(), momentum, NESTEROV=nesterov, ALIGN=align,
+            BLOCK=BLOCK, num_warps=WARPS,
+        )  # fmt: skip
+
+
+def triton_update(params: list[Tensor], updates: Tensor, *, shrink: float, scale: float) -> None:
+    """`plain_update`."""
+    assert updates.is_contiguous() and updates.shape == (len(params), *params[0].shape)
+    (p,), align = _tables(params)
+    with torch.cuda.device_of(p):
+        kernels().update_kernel[_grid(params)](
+            p, updates, params[0].numel(), shrink, scale, ALIGN=align, BLOCK=BLOCK, num_warps=WARPS
+        )
+    torch.autograd.graph.increment_version(params)  # autograd has seen none of this
+
+
+TRITON = Passes(triton_momentum, triton_directions, triton_update)
+
+# Clipping
+
+
+@functools.lru_cache(maxsize=16)
+def _programs(sizes: tuple[int, ...], device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """Of a launch over tensors of these sizes: sizes [N], each tensor's first program [N] and each
+    program's tensor [programs]."""
+    numbers = torch.tensor(sizes, dtype=torch.int64)
+    count = (numbers + BLOCK * BLOCKS - 1) // (BLOCK * BLOCKS)
+    owners = torch.repeat_interleave(count)
+    return tuple(_to_device(t, device) for t in (numbers, count.cumsum(0) - count, owners))
+
+
+def scale_(tensors: list[Tensor], factor: Tensor) -> None:
+    """Tensors of any shapes times a factor [] on their device, in place. The Triton kernel leaves
+    the memory alone where the factor is 1."""
+    if not uses_triton([*tensors, factor]):
+        torch._foreach_mul_(tensors, factor)
+        return
+    (table,), align = _tables(tensors)
+    sizes, firsts, owners = _programs(tuple(t.numel() for t in tensors), table.device)
+    if len(owners) == 0:
+        return
+    with torch.cuda.device_of(table):
+        kernels().scale_kernel[len(owners),](
+            table, sizes, firsts, owners, factor, ALIGN=align, BLOCK=BLOCK, BLOCKS=BLOCKS,
+            num_warps=WARPS,
+        )  # fmt: skip
+    torch.autograd.graph.increment_version(tensors)
