@@ -54,7 +54,19 @@ def project(x: Tensor, *linears: nn.Linear) -> Tensor | None:
     if any(w.dtype == dtype for w in weights) or len(biases) not in (0, len(linears)):
         return None
     bias = torch.cat([b.to(dtype) for b in biases]) if biases else None
-    return F.linear(x, torch.cat([w.to(dtype) for w in weights]), bias)
+    rows = sum(len(w) for w in weights)
+    parts = [w.to(dtype) for w in weights]
+    if rows % 8 and bias is None:  # rows of 16 bytes, without which a matmul takes the slowest way
+        parts.append(weights[0].new_zeros(-rows % 64, x.shape[-1], dtype=dtype))
+    return F.linear(x, torch.cat(parts), bias)[..., :rows]
+
+
+def project_apart(x: Tensor, *linears: nn.Linear) -> tuple[Tensor, ...]:
+    """x through each Linear, by `project` where that can."""
+    joint = project(x, *linears)
+    if joint is None:
+        return tuple(linear(x) for linear in linears)
+    return joint.split([len(linear.weight) for linear in linears], -1)
 
 
 # ---- positions

@@ -13,7 +13,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from config import ModelConfig
-from layers import RMSNorm, SeqInfo, apply_rope
+from layers import RMSNorm, SeqInfo, apply_rope, project_apart
 from mixers.base import LinearMixer, l2norm
 from ops.delta_rule import KERNELS, step_delta_rule
 
@@ -38,7 +38,8 @@ class DeltaNet(LinearMixer):
         q, k, v, kept = self.convolved(x, seq, held, keep)
         if self.rope:
             q, k = apply_rope(q, seq.cos, seq.sin), apply_rope(k, seq.cos, seq.sin)
-        beta = self.b_proj(x).sigmoid()  # [B, T, H]
+        (b,) = project_apart(x, self.b_proj)
+        beta = b.sigmoid()  # [B, T, H]
         return {"q": l2norm(q), "k": l2norm(k), "v": v, "beta": beta}, None, kept
 
     def finish(self, o: Tensor, x: Tensor, aux: object) -> Tensor:

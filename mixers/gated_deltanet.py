@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from config import ModelConfig
-from layers import RMSNorm, SeqInfo, apply_rope
+from layers import RMSNorm, SeqInfo, apply_rope, project_apart
 from mixers.base import LinearMixer, at_least_float32, inverse_silu, inverse_softplus, l2norm
 from ops.gated_delta_rule import KERNELS, step_gated_delta_rule
 
@@ -55,16 +55,16 @@ class GatedDeltaNet(LinearMixer):
         groups = self.num_value_heads // self.num_heads
         if groups > 1:
             q, k = q.repeat_interleave(groups, 2), k.repeat_interleave(groups, 2)
-        beta = self.b_proj(x).sigmoid()
-        return {"q": q, "k": k, "v": v, "g": self.log_decay(x), "beta": beta}, None, kept
+        gate, a, b = project_apart(x, self.g_proj, self.a_proj, self.b_proj)
+        return {"q": q, "k": k, "v": v, "g": self.log_decay(a), "beta": b.sigmoid()}, gate, kept
 
-    def log_decay(self, x: Tensor) -> Tensor:
-        """g [B, T, J] <= 0, in float32 at least."""
-        a = at_least_float32(self.a_proj(x))
+    def log_decay(self, a: Tensor) -> Tensor:
+        """a [B, T, J] -> g [B, T, J] <= 0, in float32 at least."""
+        a = at_least_float32(a)
         return -self.A_log.to(a.dtype).exp() * F.softplus(a + self.dt_bias.to(a.dtype))
 
-    def finish(self, o: Tensor, x: Tensor, aux: object) -> Tensor:
-        gate = F.silu(self.g_proj(x)).unflatten(-1, (-1, self.value_dim))
+    def finish(self, o: Tensor, x: Tensor, aux: Tensor) -> Tensor:
+        gate = F.silu(aux).unflatten(-1, (-1, self.value_dim))
         return (self.o_norm(o) * gate).flatten(-2)
 
     def init_transfer(self) -> None:

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from config import ModelConfig
-from layers import RMSNorm, SeqInfo, apply_rope
+from layers import RMSNorm, SeqInfo, apply_rope, project_apart
 from mixers.base import LinearMixer, at_least_float32, inverse_softplus, l2norm
 from ops.kda import KERNELS, step_kda
 
@@ -61,7 +61,8 @@ class KimiDeltaAttention(LinearMixer):
         groups = self.num_value_heads // self.num_heads
         if groups > 1:
             q, k = q.repeat_interleave(groups, 2), k.repeat_interleave(groups, 2)
-        beta = self.b_proj(x).sigmoid()  # [B, T, J]
+        (b,) = project_apart(x, self.b_proj)
+        beta = b.sigmoid()  # [B, T, J]
         return {"q": q, "k": k, "v": v, "g": self.log_decay(x), "beta": beta}, None, kept
 
     def log_decay(self, x: Tensor) -> Tensor:
