@@ -237,7 +237,7 @@ def distil(cfg: DistillConfig, argv: list[str]) -> None:
     names = cfg.stage_names()
     world = this_process(cfg.device)
     kernels = resolve_kernels(shape, cfg.kernel, world.device, cfg.dtype)
-    plans = [plan_stage(cfg, n, getattr(cfg, n), world, i) for i, n in enumerate(names)]
+    plans = [plan_stage(cfg, n, getattr(cfg, n), world, i, shape) for i, n in enumerate(names)]
     open_data(cfg, tokenizer)
     warm_up(shape, kernels, cfg, world)
     start(world)

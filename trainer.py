@@ -28,6 +28,7 @@ from config import ModelConfig, StageConfig, TrainConfig, UserError
 from corpus import resolve_data
 from data import PackedLoader, TokenDataset, permuted_index
 from distributed import World, all_sum, barrier, main_says
+from flops import kept_bytes
 from hybrid_layers import MIXERS
 from layers import ShortConvolution, sdpa_priority
 from metrics import MetricsLogger, StepTimer
@@ -37,7 +38,8 @@ from ops.kernels import PACKAGES
 from optimizer import OptimizerSet, build_optimizer, lr_factor
 from step_log import StepLog, flop_rates
 
-MICRO_BATCH_TOKENS = 32_768
+MICRO_BATCH_TOKENS = 32_768  # where memory is not known
+MOST_TOKENS = 131_072  # of a micro-batch that is chosen by memory
 GC_EVERY = 50  # steps between collections of what is young
 
 
@@ -266,10 +268,30 @@ class StagePlan:
         )
 
 
+def micro_batch_tokens(
+    cfg: TrainConfig, name: str, stage: StageConfig, device: torch.device, config: ModelConfig
+) -> int:
+    """Tokens of a micro-batch: on CUDA as many as are likely to fit beside a student and a teacher
+    of this shape. The fewer micro-batches, the less a small model waits for the host."""
+    if device.type != "cuda":
+        return MICRO_BATCH_TOKENS
+    with torch.device("meta"):
+        params = Transformer(config).num_params()
+    # Teacher and compute type 2 bytes each; float32 weights, gradients and two AdamW states 16.
+    weights = params * (20 if stage.train == "all" else 6)
+    token = kept_bytes(config, cfg.activation_checkpointing)
+    if name == "align":  # one layer at a time
+        token = 2 * token // config.num_hidden_layers
+    room = 0.75 * torch.cuda.get_device_properties(device).total_memory - weights
+    return min(MOST_TOKENS, max(int(room / token), 0))
+
+
 def plan_stage(
-    cfg: TrainConfig, name: str, stage: StageConfig, world: World, index: int = 0
-) -> StagePlan:
-    """Divide the global batch over ranks; UserError when it does not divide."""
+    cfg: TrainConfig, name: str, stage: StageConfig, world: World, index: int = 0,
+    config: ModelConfig | None = None,
+) -> StagePlan:  # fmt: skip
+    """Divide the global batch over ranks; UserError when it does not divide. config: the student's,
+    where micro-batches are to be chosen by memory."""
     rows = stage.rows_per_step(name)
     if cfg.accumulation_steps and not stage.micro_batch:
         share, rest = divmod(rows, cfg.accumulation_steps)
@@ -283,7 +305,10 @@ def plan_stage(
         micro = stage.micro_batch
     else:
         per_rank = max(1, rows // world.size)
-        limit = max(1, MICRO_BATCH_TOKENS // stage.seq_len)
+        limit = MICRO_BATCH_TOKENS
+        if config is not None:
+            limit = micro_batch_tokens(cfg, name, stage, world.device, config)
+        limit = max(1, limit // stage.seq_len)
         micro = max(m for m in range(1, per_rank + 1) if per_rank % m == 0 and m <= limit)
     if rows % (world.size * micro):
         raise UserError(

@@ -50,7 +50,8 @@ def set_up(args, name: str) -> tuple[Run, StagePlan]:
     dtype = set_up_torch(cfg, world)
     size = {"seq_len": args.length, "batch_tokens": args.batch * args.length}
     stage = dataclasses.replace(getattr(cfg, name), **size)
-    return Run(cfg, world, Path(), None, dtype, {}), plan_stage(cfg, name, stage, world)
+    plan = plan_stage(cfg, name, stage, world, config=ModelConfig(**SHAPES[args.shape]))
+    return Run(cfg, world, Path(), None, dtype, {}), plan
 
 
 def random_model(run: Run, args, seed: int) -> Transformer:
