@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from config import UserError
 from muon import Muon, choose, is_sharded
-from ops.multi_tensor import scale_
+from ops.multi_tensor import scale_, total_norm
 
 # Modules whose 2-D weight is no hidden matrix: rows are tokens or heads of a scalar gate, or the
 # matrix is a factor of low rank (decays, data-dependent shifts) or a feature map inside a head.
@@ -277,9 +277,7 @@ def clip_grad_norm(params: Iterable[nn.Parameter], max_norm: float) -> Tensor:
         kinds[is_sharded(grad)].append(grad)  # foreach ops cannot mix shards and plain tensors
     totals = []
     for sharded, some in kinds.items():
-        wide = any(grad.dtype == torch.float64 for grad in some)
-        norms = torch._foreach_norm(some, 2, dtype=torch.float64 if wide else torch.float32)
-        norm = torch.linalg.vector_norm(torch.stack(norms))
+        norm = total_norm(some)
         totals.append(norm.full_tensor() if sharded else norm)
     total = torch.linalg.vector_norm(torch.stack(totals))
     if max_norm > 0:

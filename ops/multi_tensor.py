@@ -4,7 +4,8 @@
     out <- f D                                                                with f = 1 / ||D||_F
     W <- shrink W - scale O
 
-`PLAIN` is PyTorch (any device and dtype). `TRITON` is a kernel each (CUDA, contiguous float32),
+`PLAIN` is PyTorch (any device and dtype). `TRITON` is a kernel each (CUDA, contiguous float32; for
+clipping bfloat16 as well),
 which reads and writes every element once; one launch takes all N matrices of a shape, whose
 addresses it finds in a table on the device. Nothing here waits for the device.
 Check: `pytest tests/ops/test_multi_tensor.py`, which interprets the Triton code on a CPU.
@@ -15,6 +16,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
@@ -91,10 +93,10 @@ def _has_triton() -> bool:
     return importlib.util.find_spec("triton") is not None
 
 
-def uses_triton(tensors: Iterable[Tensor]) -> bool:
+def uses_triton(tensors: Iterable[Tensor], dtypes=(torch.float32,)) -> bool:
     """Whether the Triton kernels can take these."""
     return _has_triton() and all(
-        t.is_cuda and t.dtype == torch.float32 and t.is_contiguous() for t in tensors
+        t.is_cuda and t.dtype in dtypes and t.is_contiguous() for t in tensors
     )
 
 
@@ -170,6 +172,8 @@ TRITON = Passes(triton_momentum, triton_directions, triton_update)
 
 # Clipping
 
+KINDS = (torch.float32, torch.bfloat16)
+
 
 @functools.lru_cache(maxsize=16)
 def _programs(sizes: tuple[int, ...], device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
@@ -181,19 +185,48 @@ def _programs(sizes: tuple[int, ...], device: torch.device) -> tuple[Tensor, Ten
     return tuple(_to_device(t, device) for t in (numbers, count.cumsum(0) - count, owners))
 
 
+def _launch(kernel: str, tensors: list[Tensor], other: Tensor | None = None) -> Tensor:
+    """Run a kernel over tensors of one dtype; `other` is its factor, or else the result is what it
+    finds for each program."""
+    import triton.language as tl
+
+    kinds = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16}
+    (table,), align = _tables(tensors)
+    sizes, firsts, owners = _programs(tuple(t.numel() for t in tensors), table.device)
+    if other is None:
+        other = torch.empty(len(owners), dtype=torch.float32, device=table.device)
+    if len(owners):
+        with torch.cuda.device_of(table):
+            getattr(kernels(), kernel)[len(owners),](
+                table, sizes, firsts, owners, other, ALIGN=align, KIND=kinds[tensors[0].dtype],
+                BLOCK=BLOCK, BLOCKS=BLOCKS, num_warps=WARPS,
+            )  # fmt: skip
+    return other
+
+
+def _by_dtype(tensors: list[Tensor]) -> list[list[Tensor]]:
+    found = defaultdict(list)
+    for t in tensors:
+        found[t.dtype].append(t)
+    return list(found.values())
+
+
 def scale_(tensors: list[Tensor], factor: Tensor) -> None:
     """Tensors of any shapes times a factor [] on their device, in place. The Triton kernel leaves
     the memory alone where the factor is 1."""
-    if not uses_triton([*tensors, factor]):
+    if not uses_triton(tensors, KINDS) or not uses_triton([factor]):
         torch._foreach_mul_(tensors, factor)
         return
-    (table,), align = _tables(tensors)
-    sizes, firsts, owners = _programs(tuple(t.numel() for t in tensors), table.device)
-    if len(owners) == 0:
-        return
-    with torch.cuda.device_of(table):
-        kernels().scale_kernel[len(owners),](
-            table, sizes, firsts, owners, factor, ALIGN=align, BLOCK=BLOCK, BLOCKS=BLOCKS,
-            num_warps=WARPS,
-        )  # fmt: skip
+    for some in _by_dtype(tensors):
+        _launch("scale_kernel", some, factor)
     torch.autograd.graph.increment_version(tensors)
+
+
+def total_norm(tensors: list[Tensor]) -> Tensor:
+    """The 2-norm [] of all elements together, in float32 (float64 where there is some)."""
+    if uses_triton(tensors, KINDS):
+        found = [_launch("squares_kernel", some) for some in _by_dtype(tensors)]
+        return torch.cat(found).sum().sqrt()
+    wide = any(t.dtype == torch.float64 for t in tensors)
+    norms = torch._foreach_norm(tensors, 2, dtype=torch.float64 if wide else torch.float32)
+    return torch.linalg.vector_norm(torch.stack(norms))

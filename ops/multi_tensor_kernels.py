@@ -10,9 +10,9 @@ import triton.language as tl
 
 
 @triton.jit
-def _tensor(table, n, ALIGN: tl.constexpr):
+def _tensor(table, n, ALIGN: tl.constexpr, KIND: tl.constexpr = tl.float32):
     """The n-th tensor of a table."""
-    return tl.multiple_of(tl.load(table + n).to(tl.pointer_type(tl.float32)), ALIGN)
+    return tl.multiple_of(tl.load(table + n).to(tl.pointer_type(KIND)), ALIGN)
 
 
 @triton.jit
@@ -74,25 +74,54 @@ def update_kernel(
 
 
 @triton.jit
-def scale_kernel(
-    tensors, sizes, firsts, owners, factor, ALIGN: tl.constexpr, BLOCK: tl.constexpr,
+def _share(
+    tensors, sizes, firsts, owners, ALIGN: tl.constexpr, KIND: tl.constexpr, BLOCK: tl.constexpr,
     BLOCKS: tl.constexpr,
 ):  # fmt: skip
-    """Each tensor times the factor, in place; nothing is read or written where that is 1 (a NaN is
-    not). owners [programs]: each program's tensor; firsts [N]: each tensor's first program."""
-    factor = tl.load(factor)
-    if factor == 1:
-        return
+    """Where the program's share of all the tensors begins, its lanes, how much of its tensor is
+    left from there. owners [programs]: each program's tensor; firsts [N]: each tensor's first."""
     n = tl.load(owners + tl.program_id(0))
     first = (tl.program_id(0) - tl.load(firsts + n)) * (BLOCK * BLOCKS)
     lane = tl.arange(0, BLOCK)
-    at = _tensor(tensors, n, ALIGN) + first + lane
-    left = tl.load(sizes + n) - first
+    return _tensor(tensors, n, ALIGN, KIND) + first + lane, lane, tl.load(sizes + n) - first
+
+
+@triton.jit
+def scale_kernel(
+    tensors, sizes, firsts, owners, factor, ALIGN: tl.constexpr, KIND: tl.constexpr,
+    BLOCK: tl.constexpr, BLOCKS: tl.constexpr,
+):  # fmt: skip
+    """Each tensor times the factor, in place; nothing is read or written where that is 1 (a NaN is
+    not)."""
+    factor = tl.load(factor)
+    if factor == 1:
+        return
+    at, lane, left = _share(tensors, sizes, firsts, owners, ALIGN, KIND, BLOCK, BLOCKS)
     if left >= BLOCK * BLOCKS:  # without masks, which would split vectors: sizes are unknown
         for i in range(BLOCKS):
-            tl.store(at + i * BLOCK, tl.load(at + i * BLOCK) * factor)
+            x = tl.load(at + i * BLOCK).to(tl.float32)
+            tl.store(at + i * BLOCK, (x * factor).to(KIND))
     else:
         for i in range(BLOCKS):
             inside = i * BLOCK + lane < left
-            x = tl.load(at + i * BLOCK, mask=inside, other=0)
-            tl.store(at + i * BLOCK, x * factor, mask=inside)
+            x = tl.load(at + i * BLOCK, mask=inside, other=0).to(tl.float32)
+            tl.store(at + i * BLOCK, (x * factor).to(KIND), mask=inside)
+
+
+@triton.jit
+def squares_kernel(
+    tensors, sizes, firsts, owners, partial, ALIGN: tl.constexpr, KIND: tl.constexpr,
+    BLOCK: tl.constexpr, BLOCKS: tl.constexpr,
+):  # fmt: skip
+    """partial [programs]: the sum of the squares of each program's share."""
+    at, lane, left = _share(tensors, sizes, firsts, owners, ALIGN, KIND, BLOCK, BLOCKS)
+    total = tl.zeros([BLOCK], tl.float32)
+    if left >= BLOCK * BLOCKS:
+        for i in range(BLOCKS):
+            x = tl.load(at + i * BLOCK).to(tl.float32)
+            total += x * x
+    else:
+        for i in range(BLOCKS):
+            x = tl.load(at + i * BLOCK, mask=i * BLOCK + lane < left, other=0).to(tl.float32)
+            total += x * x
+    tl.store(partial + tl.program_id(0), tl.sum(total, 0))

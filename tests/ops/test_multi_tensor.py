@@ -23,7 +23,7 @@ from zoo import SHAPES, give_grads, random_params
 import muon as muon_module
 from muon import Muon
 from ops import multi_tensor
-from ops.multi_tensor import PLAIN, TRITON, scale_, uses_triton
+from ops.multi_tensor import PLAIN, TRITON, scale_, total_norm, uses_triton
 from optimizer import clip_grad_norm
 
 # Blocks are 64 elements and 3 of them when interpreted, 4096 and 8 on a GPU.
@@ -153,6 +153,20 @@ def check_scale_by_one(device: str) -> None:
             assert ((x.view(torch.int32) != signalling) == touched).all()
 
 
+def check_two_dtypes(device: str) -> None:
+    """Norm and factor of float32 and bfloat16 tensors together, in float32."""
+    tensors = [x.bfloat16() if i % 2 else x for i, x in enumerate(random_tensors(device))]
+    wanted = torch.cat([x.double().flatten() for x in tensors]).norm()
+    with mock.patch.object(torch, "_foreach_norm", side_effect=AssertionError):
+        torch.testing.assert_close(total_norm(tensors).double(), wanted, rtol=1e-6, atol=0)
+    factor = torch.tensor(0.37, device=device)
+    scaled = [(x.float() * factor).to(x.dtype) for x in tensors]
+    scale_(tensors, factor)
+    for x, y in zip(tensors, scaled, strict=True):
+        unit = 2**-7 if x.dtype == torch.bfloat16 else 0  # the interpreter does not round to even
+        assert ((x - y).abs() <= unit * y.abs()).all()
+
+
 def check_clipping(device: str) -> None:
     """`clip_grad_norm` scales by the kernel, NaN included; other dtypes as before."""
     params = [nn.Parameter(x) for x in random_tensors(device)]
@@ -164,7 +178,8 @@ def check_clipping(device: str) -> None:
         norm = torch.cat([p.grad.flatten() for p in params]).double().norm()
         factor = (max_norm / (norm + 1e-6)).clamp(max=1)
         wanted = [p.grad * factor for p in params]
-        with mock.patch.object(torch, "_foreach_mul_", side_effect=AssertionError):
+        foreach = dict.fromkeys(("_foreach_mul_", "_foreach_norm"))
+        with mock.patch.multiple(torch, **foreach):
             measured = clip_grad_norm(params, max_norm)
         torch.testing.assert_close(measured, norm.float())
         for p, want in zip(params, wanted, strict=True):
@@ -184,14 +199,14 @@ def check_tables(device: str) -> None:
 
 
 CHECKS = [
-    check_passes, check_not_finite, check_muon, check_scale, check_scale_by_one, check_clipping,
-    check_tables,
+    check_passes, check_not_finite, check_muon, check_scale, check_scale_by_one, check_two_dtypes,
+    check_clipping, check_tables,
 ]  # fmt: skip
 
 
 def interpret(name: str) -> None:
     """What the process of `test_interpreted` runs."""
-    everything = {"uses_triton": lambda tensors: True}
+    everything = {"uses_triton": lambda tensors, dtypes=(): True}
     small = {"BLOCK": 64, "BLOCKS": 3, **everything}
     with mock.patch.multiple(multi_tensor, **small), mock.patch.multiple(muon_module, **everything):
         globals()[name]("cpu")
