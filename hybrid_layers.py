@@ -163,9 +163,8 @@ def mixer_parameters(model: nn.Module, layers: list[int]) -> dict[str, nn.Parame
 
 
 def cast_trunk(model: nn.Module, layers: list[int], dtype: torch.dtype) -> None:
-    """Store the matrices outside the attention of `layers` in `dtype`, in place. AdamW keeps its
-    state in a parameter's dtype, so bfloat16 is half the memory; updates below 1/256 of a weight
-    are then lost more often than not."""
+    """Store the matrices outside the attention of `layers` in `dtype`, in place. Gradients and
+    AdamW's state have a parameter's dtype, so bfloat16 is half the memory (see optimizer.AdamW)."""
     mixers = mixer_parameters(model, layers)
     for name, p in model.named_parameters():
         if name not in mixers and p.ndim > 1:

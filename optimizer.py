@@ -21,7 +21,14 @@ from torch import Tensor, nn
 
 from config import UserError
 from muon import Muon, choose, is_sharded
-from ops.multi_tensor import scale_, total_norm
+from ops.multi_tensor import (
+    KINDS,
+    plain_adamw,
+    scale_,
+    total_norm,
+    triton_adamw,
+    uses_triton,
+)
 
 # Modules whose 2-D weight is no hidden matrix: rows are tokens or heads of a scalar gate, or the
 # matrix is a factor of low rank (decays, data-dependent shifts) or a feature map inside a head.
@@ -100,6 +107,37 @@ def build_groups(
     return list(groups.values())
 
 
+# AdamW
+
+
+class AdamW(torch.optim.AdamW):
+    """torch.optim.AdamW (Loshchilov & Hutter, arXiv 1711.05101) with the same state and the same
+    result, but for weights in bfloat16: their update and second moment are computed in float32 and
+    rounded stochastically, or steps below 1/256 of a weight would mostly be lost. On CUDA all
+    tensors of a dtype take one launch."""
+
+    @torch.no_grad()
+    def step(self) -> None:
+        for group in self.param_groups:
+            beta1, beta2 = group["betas"]
+            settings = {
+                "lr": group["lr"], "beta1": beta1, "beta2": beta2, "eps": group["eps"],
+                "weight_decay": group["weight_decay"],
+            }  # fmt: skip
+            by_dtype = defaultdict(list)
+            for p in group["params"]:
+                if p.grad is not None:
+                    by_dtype[p.dtype].append(p)
+            for params in by_dtype.values():
+                states = [self.state[p] for p in params]
+                names = ("exp_avg", "exp_avg_sq", "step")
+                firsts, seconds, steps = ([s[name] for s in states] for name in names)
+                grads = [p.grad for p in params]
+                triton = uses_triton([*params, *grads, *firsts, *seconds], KINDS)
+                run = triton_adamw if triton else plain_adamw
+                run(params, grads, firsts, seconds, steps, **settings)
+
+
 # Both optimizers together
 
 
@@ -121,6 +159,8 @@ class OptimizerSet:
         return [group for optimizer in self.optimizers for group in optimizer.param_groups]
 
     def step(self) -> None:
+        if isinstance(self.adamw, AdamW):
+            self.init_state()
         for optimizer in self.optimizers:
             optimizer.step()
 
@@ -252,8 +292,12 @@ def build_optimizer(
         )
     if adamw_groups:
         # One kernel per step instead of a dozen passes over the parameters.
-        fused = all(p.device.type in ("cpu", "cuda") for g in adamw_groups for p in g["params"])
-        adamw = torch.optim.AdamW(adamw_groups, lr=lr, betas=betas, eps=eps, fused=fused)
+        params = [p for g in adamw_groups for p in g["params"]]
+        fused = all(p.device.type in ("cpu", "cuda") for p in params)
+        ours = any(p.is_cuda or p.dtype == torch.bfloat16 for p in params)
+        ours = ours and not any(map(is_sharded, params))
+        kind = AdamW if ours else torch.optim.AdamW
+        adamw = kind(adamw_groups, lr=lr, betas=betas, eps=eps, fused=fused)
     return OptimizerSet(muon, adamw)
 
 

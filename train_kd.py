@@ -112,6 +112,10 @@ def preflight(cfg: DistillConfig) -> tuple[list[int], str, ModelConfig, bool]:
     for name in cfg.stage_names():
         if not layers and getattr(cfg, name).train == "mixers":
             raise UserError(f"--layers: none found, but {name} trains mixers (--{name}_train)")
+        if cfg.trunk_dtype == "bfloat16" and getattr(cfg, name).use_muon:
+            raise UserError(
+                f"--trunk_dtype: bfloat16 found, but {name} uses Muon; float32 expected"
+            )
     spec = cfg.tokenizer or tokenizer_spec(cfg.teacher)
     tokenizer = load_tokenizer(spec)
     if tokenizer.vocab_size > config.vocab_size:

@@ -1,4 +1,4 @@
-"""Elementwise passes over many tensors: Muon's momentum, directions and updates; gradient clipping.
+"""Elementwise passes over many tensors: Muon's momentum, directions and updates; AdamW; clipping.
 
     B <- lerp(B, G, 1 - mu),   D = lerp(G, B, mu)  if nesterov else  B        and  ||D||_F
     out <- f D                                                                with f = 1 / ||D||_F
@@ -230,3 +230,56 @@ def total_norm(tensors: list[Tensor]) -> Tensor:
     wide = any(t.dtype == torch.float64 for t in tensors)
     norms = torch._foreach_norm(tensors, 2, dtype=torch.float64 if wide else torch.float32)
     return torch.linalg.vector_norm(torch.stack(norms))
+
+
+# AdamW
+
+
+def stochastic_bfloat16(x: Tensor) -> Tensor:
+    """float32 in bfloat16, rounded up or down with probabilities that make the mean exact."""
+    noise = torch.randint(0, 1 << 16, x.shape, dtype=torch.int32, device=x.device)
+    return ((x.view(torch.int32) + noise) & -65536).view(torch.float32).to(torch.bfloat16)
+
+
+def plain_adamw(
+    params: list[Tensor], grads: list[Tensor], firsts: list[Tensor], seconds: list[Tensor],
+    steps: list[Tensor], *, lr: float, beta1: float, beta2: float, eps: float, weight_decay: float,
+) -> None:  # fmt: skip
+    """A step, in place, of tensors of any dtypes; steps [] float32 are counted up first. In float32
+    at least; weights and second moments in bfloat16 are rounded stochastically."""
+    for p, g, m, v, step in zip(params, grads, firsts, seconds, steps, strict=True):
+        step += 1
+        count, kind = step.double().to(p.device), torch.promote_types(p.dtype, torch.float32)
+        first = torch.lerp(m.to(kind), g.to(kind), 1 - beta1)
+        second = beta2 * v.to(kind) + (1 - beta2) * g.to(kind).square()
+        root = second.sqrt() / (1 - beta2**count).sqrt().to(kind) + eps
+        new = p.to(kind) * (1 - lr * weight_decay)
+        new -= lr / (1 - beta1**count).to(kind) * first / root
+        rounded = stochastic_bfloat16 if p.dtype == torch.bfloat16 else Tensor.contiguous
+        m.copy_(first)
+        v.copy_(rounded(second))
+        p.copy_(rounded(new))
+
+
+def triton_adamw(
+    params: list[Tensor], grads: list[Tensor], firsts: list[Tensor], seconds: list[Tensor],
+    steps: list[Tensor], *, lr: float, beta1: float, beta2: float, eps: float, weight_decay: float,
+) -> None:  # fmt: skip
+    """`plain_adamw` of tensors of one dtype, float32 or bfloat16, in one launch."""
+    import triton.language as tl
+
+    kinds = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16}
+    torch._foreach_add_(steps, 1)
+    count = torch.stack(steps)
+    roots1 = (1 - beta1 ** count.double()).float()
+    roots2 = (1 - beta2 ** count.double()).sqrt().float()
+    tables, align = _tables(params, grads, firsts, seconds)
+    sizes, starts, owners = _programs(tuple(t.numel() for t in params), count.device)
+    if len(owners):
+        with torch.cuda.device_of(count):
+            kernels().adamw_kernel[len(owners),](
+                *tables, sizes, starts, owners, count, roots1, roots2, lr, 1 - lr * weight_decay,
+                beta1, beta2, eps, ALIGN=align, KIND=kinds[params[0].dtype], BLOCK=BLOCK,
+                BLOCKS=BLOCKS, num_warps=WARPS,
+            )  # fmt: skip
+    torch.autograd.graph.increment_version([*params, *firsts, *seconds])

@@ -125,3 +125,87 @@ def squares_kernel(
             x = tl.load(at + i * BLOCK, mask=i * BLOCK + lane < left, other=0).to(tl.float32)
             total += x * x
     tl.store(partial + tl.program_id(0), tl.sum(total, 0))
+
+
+@triton.jit
+def _random(seed, place):
+    """32 random bits [BLOCK]: C. Wellons' lowbias32 hash of place and seed."""
+    x = place.to(tl.uint32) ^ seed.to(tl.uint32)
+    x ^= x >> 16
+    x *= 0x7FEB352D
+    x ^= x >> 15
+    x *= 0x846CA68B
+    return x ^ (x >> 16)
+
+
+@triton.jit
+def _round(x, bits, KIND: tl.constexpr):
+    """x in KIND; in bfloat16 rounded up with the probability of what is cut off. bits < 2^16."""
+    if KIND.primitive_bitwidth == 16:
+        whole = (x.to(tl.uint32, bitcast=True) + bits) & 0xFFFF0000
+        x = whole.to(tl.float32, bitcast=True)
+    return x.to(KIND)
+
+
+@triton.jit
+def _load(at, inside, MASKED: tl.constexpr):
+    x = tl.load(at, mask=inside, other=0) if MASKED else tl.load(at)
+    return x.to(tl.float32)
+
+
+@triton.jit
+def _store(at, x, inside, MASKED: tl.constexpr):
+    if MASKED:
+        tl.store(at, x, mask=inside)
+    else:
+        tl.store(at, x)
+
+
+@triton.jit
+def _adamw(
+    p_at, g_at, m_at, v_at, inside, bits, decay, rate, beta1, beta2, eps, root, KIND: tl.constexpr,
+    MASKED: tl.constexpr,
+):  # fmt: skip
+    g = _load(g_at, inside, MASKED)
+    m = _load(m_at, inside, MASKED)
+    m += (1 - beta1) * (g - m)
+    v = beta2 * _load(v_at, inside, MASKED) + (1 - beta2) * g * g
+    p = _load(p_at, inside, MASKED) * decay - rate * m / (tl.sqrt(v) / root + eps)
+    _store(p_at, _round(p, bits & 0xFFFF, KIND), inside, MASKED)
+    _store(m_at, m.to(KIND), inside, MASKED)
+    _store(v_at, _round(v, bits >> 16, KIND), inside, MASKED)
+
+
+@triton.jit
+def adamw_kernel(
+    weights, grads, first_moments, second_moments, sizes, firsts, owners, steps, roots1, roots2,
+    lr, decay, beta1, beta2, eps, ALIGN: tl.constexpr, KIND: tl.constexpr, BLOCK: tl.constexpr,
+    BLOCKS: tl.constexpr,
+):  # fmt: skip
+    """AdamW on tensors of one dtype. steps [N]; roots1, roots2 [N]: what the first moment and the
+    root of the second are divided by."""
+    n = tl.load(owners + tl.program_id(0))
+    first = (tl.program_id(0) - tl.load(firsts + n)) * (BLOCK * BLOCKS)
+    lane = tl.arange(0, BLOCK)
+    left = tl.load(sizes + n) - first
+    p = _tensor(weights, n, ALIGN, KIND) + first + lane
+    g = _tensor(grads, n, ALIGN, KIND) + first + lane
+    m = _tensor(first_moments, n, ALIGN, KIND) + first + lane
+    v = _tensor(second_moments, n, ALIGN, KIND) + first + lane
+    rate = lr / tl.load(roots1 + n)
+    root = tl.load(roots2 + n)
+    seed = (tl.load(steps + n).to(tl.int64) * 65599 + n) * 0x9E3779B1
+    for i in range(BLOCKS):
+        at = i * BLOCK + lane
+        bits = _random(seed, first + at)
+        j = i * BLOCK
+        if left >= j + BLOCK:  # without masks, which would split vectors: sizes are unknown
+            _adamw(
+                p + j, g + j, m + j, v + j, at < left, bits, decay, rate, beta1, beta2, eps, root,
+                KIND, False,
+            )  # fmt: skip
+        elif left > j:
+            _adamw(
+                p + j, g + j, m + j, v + j, at < left, bits, decay, rate, beta1, beta2, eps, root,
+                KIND, True,
+            )  # fmt: skip

@@ -14,6 +14,8 @@ from config import UserError
 from hybrid_layers import MIXERS, build_mixer
 from optimizer import (
     SCHEDULES,
+    AdamW,
+    OptimizerSet,
     build_groups,
     build_optimizer,
     clip_grad_norm,
@@ -324,3 +326,25 @@ def test_schedule_errors():
     ):
         with pytest.raises(UserError):
             lr_factor(0, **(good | bad))
+
+
+def test_bfloat16_weights_are_moved_by_our_adamw():
+    """In float32 it is torch's; in bfloat16 small steps add up instead of being rounded away."""
+    x = torch.linspace(-1, 1, 60).view(6, 10)
+    for dtype, rtol in ((torch.float64, 1e-9), (torch.float32, 1e-5)):
+        pairs = [nn.Parameter(x.to(dtype)) for _ in range(2)]
+        kinds = (AdamW, torch.optim.AdamW)
+        both = [k([p], lr=0.01, weight_decay=0.1) for k, p in zip(kinds, pairs, strict=True)]
+        OptimizerSet(None, both[0]).init_state()
+        for step in range(3):
+            for p, optimizer in zip(pairs, both, strict=True):
+                p.grad = (x * (step + 1)).cos().to(dtype)
+                optimizer.step()
+        torch.testing.assert_close(*pairs, rtol=rtol, atol=0)
+
+    p = nn.Parameter(torch.ones(4000, 1, dtype=torch.bfloat16))
+    optimizer = build_optimizer([("w", p)], lr=1e-4, weight_decay=0.0)
+    for _ in range(20):
+        p.grad = torch.ones_like(p)
+        optimizer.step()
+    assert abs(1 - p.double().mean().item() - 20e-4) < 2.7e-4

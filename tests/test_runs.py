@@ -16,6 +16,7 @@ import pytest
 import torch
 from conftest import ROOT, call_script, metric_rows, run_python
 
+from checkpoint import tensor_names
 from hf import load_model, read_config
 from trainer import quiet_gc
 
@@ -170,6 +171,25 @@ def test_dry_run_trains_nothing(tiny_teacher, tiny_data, tmp_path, capsys):
     call_script("train_kd", *kd_flags(tiny_teacher, tiny_data, tmp_path, "a", "--dry_run"))
     assert "dry run" in capsys.readouterr().out
     assert metric_rows(tmp_path / "a") == {}
+
+
+def test_a_trunk_in_bfloat16(refused, tiny_teacher, tiny_data, tmp_path, capsys):
+    """It trains, resumes and is saved; mixers and norms stay in float32."""
+    flags = kd_flags(tiny_teacher, tiny_data, tmp_path, "a", "--trunk_dtype=bfloat16")
+    assert "--trunk_dtype: bfloat16 found, float32" in refused("train_kd", *flags)
+    flags += ["--dtype=bfloat16", "--distill_train=all", "--distill_lr=3e-4"]
+    assert "uses Muon" in refused("train_kd", *flags, "--use_muon")
+    call_script("train_kd", *flags)
+    table = {r["model"]: r["KL"] for r in json.loads((tmp_path / "a" / "table.json").read_text())}
+    assert table["student after distill"] < table["student after align"]
+    newest = max((tmp_path / "a" / "checkpoints").iterdir(), key=lambda p: int(p.name[5:]))
+    saved = {name: dtype for name, (_, dtype) in tensor_names(newest).items()}
+    assert saved["model.layers.0.mlp.up_proj.weight"] == torch.bfloat16
+    assert saved["optim.layers.0.mlp.up_proj.weight.exp_avg"] == torch.bfloat16
+    for name in ("layers.1.linear_attn.q_proj.weight", "layers.0.input_layernorm.weight"):
+        assert saved[f"model.{name}"] == torch.float32
+    again = [f for f in flags if not f.startswith("--trunk_dtype")]
+    assert "trunk_dtype" in refused("train_kd", *again, "--resume=auto")
 
 
 def test_resume_refuses_changes(refused, tiny_teacher, tiny_data, tmp_path):

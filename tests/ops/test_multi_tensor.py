@@ -23,7 +23,15 @@ from zoo import SHAPES, give_grads, random_params
 import muon as muon_module
 from muon import Muon
 from ops import multi_tensor
-from ops.multi_tensor import PLAIN, TRITON, scale_, total_norm, uses_triton
+from ops.multi_tensor import (
+    PLAIN,
+    TRITON,
+    plain_adamw,
+    scale_,
+    total_norm,
+    triton_adamw,
+    uses_triton,
+)
 from optimizer import clip_grad_norm
 
 # Blocks are 64 elements and 3 of them when interpreted, 4096 and 8 on a GPU.
@@ -186,6 +194,52 @@ def check_clipping(device: str) -> None:
             torch.testing.assert_close(p.grad, want.float(), equal_nan=True, rtol=1e-5, atol=1e-9)
 
 
+ADAMW = {"lr": 0.01, "beta1": 0.9, "beta2": 0.95, "eps": 1e-8, "weight_decay": 0.1}
+
+
+def check_adamw(device: str) -> None:
+    """Three steps from other counts, against float64; addresses that are no multiples of 16."""
+    for offset in (4, 5):
+        exact = [[x.double() for x in random_tensors(device)] for _ in range(4)]
+        exact[3] = [x.abs() for x in exact[3]]
+        pairs = [[placed(x, offset, device) for x in some] for some in exact]
+        small = [[inner for inner, _ in some] for some in pairs]
+        counts = [torch.tensor(float(i), device=device) for i in range(len(exact[0]))]
+        mine = [c.clone() for c in counts]
+        for _ in range(3):
+            plain_adamw(*exact, counts, **ADAMW)
+            triton_adamw(*small, mine, **ADAMW)
+        for kind in (0, 2, 3):  # weights and both moments
+            for x, y in zip(small[kind], exact[kind], strict=True):
+                torch.testing.assert_close(x.double(), y, rtol=1e-5, atol=1e-6)
+        assert all(torch.equal(a, b) for a, b in zip(mine, counts, strict=True))
+        for (inner, buffer), _ in zip(pairs[0], exact[0], strict=True):
+            rest = torch.cat([buffer[:offset], buffer[offset + inner.numel() :]])
+            assert (rest == GUARD).all()
+
+
+def drift(step, device: str) -> Tensor:
+    """Weights of 1 in bfloat16 after 20 steps of 1e-4, a fortieth of the next smaller number."""
+    n = 5000
+    p, g = (torch.ones(n, dtype=torch.bfloat16, device=device) for _ in range(2))
+    state = [torch.zeros_like(p) for _ in range(2)]
+    counts = [torch.zeros((), device=device)]
+    for _ in range(20):
+        step([p], [g], *([s] for s in state), counts, **ADAMW | {"lr": 1e-4, "weight_decay": 0.0})
+    return p
+
+
+def check_stochastic_rounding(device: str) -> None:
+    """Steps that nearest rounding would lose arrive in the mean, and are not all alike."""
+    for step in (plain_adamw, triton_adamw):
+        p = drift(step, device).double()
+        moved = 1 - p.mean().item()
+        assert abs(moved - 20e-4) < 2.5e-4  # its standard deviation is 4e-5
+        assert len(p.unique()) > 1 and (p <= 1).all()
+    both = torch.stack([drift(triton_adamw, device) for _ in range(2)])
+    assert torch.equal(*both)  # the same random numbers in every run
+
+
 def check_tables(device: str) -> None:
     """A table is copied once while nothing moves, and anew when something does."""
     tensors = [torch.randn(5, device=device) for _ in range(3)]
@@ -200,7 +254,7 @@ def check_tables(device: str) -> None:
 
 CHECKS = [
     check_passes, check_not_finite, check_muon, check_scale, check_scale_by_one, check_two_dtypes,
-    check_clipping, check_tables,
+    check_clipping, check_tables, check_adamw, check_stochastic_rounding,
 ]  # fmt: skip
 
 
