@@ -19,6 +19,7 @@ import torch
 import xxhash
 
 from config import UserError
+from ops.bounds import remember
 from shards import ShardWriter, TokenDataset
 
 __all__ = [
@@ -86,6 +87,8 @@ class Batch:
                 if device.type == "cuda":
                     value = value.pin_memory()  # only a pinned copy overlaps with compute
                 moved[field.name] = value.to(device, non_blocking=True)
+        if self.cu_seqlens is not None and device.type == "cuda" != self.cu_seqlens.device.type:
+            remember(moved["cu_seqlens"], self.cu_seqlens)
         return replace(self, **moved)
 
 

@@ -13,9 +13,10 @@ States [N, H, K, V] in float32, one per document where `cu_seqlens` [N + 1] pack
 N = B. An empty document passes its state through. scale: K^-0.5 where None. Every function returns
 o [B, T, H, V] in v's dtype and the last states, or None unless `output_final_state`.
 
-`cu_seqlens` costs one wait for the GPU per tensor (fla builds its chunk table on the host and
-keeps the last few by identity); GLA, linear attention and RWKV-6 wait three times per call more.
-Never change a `cu_seqlens` in place: the table of the old values would be used.
+`cu_seqlens` that the host does not know (ops/bounds.py) cost one wait for the GPU per tensor: fla
+builds its chunk table on the host and keeps the last few by identity. GLA, linear attention and
+RWKV-6 wait three times per call more. Never change a `cu_seqlens` in place: the table of the old
+values would be used.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ops.bounds import known_chunk_table
 from ops.kernels import fla_backward_refused
 
 CHUNK = 64
@@ -279,6 +281,9 @@ def _padded_dqkwg(kernel: Callable, **tensors):
 def _chunk_indices(cu_seqlens: Tensor | None) -> Tensor | None:
     if cu_seqlens is None:
         return None
+    table = known_chunk_table(cu_seqlens, CHUNK)
+    if table is not None:
+        return table
     from fla.ops.utils.index import prepare_chunk_indices
 
     # Positional, as fla calls it: its cache compares the arguments as they are given.
