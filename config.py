@@ -308,6 +308,7 @@ class DistillConfig(TrainConfig):
     stages: str = opt("align,distill", "stages to run, in order: align, distill, long")
     share_trunk: str = opt("auto", "one copy of the frozen trunk for teacher and student; "
                            "auto = when only mixers train", choices=("auto", "false"))  # fmt: skip
+    teacher_float8: bool = opt(False, "distill and long: the teacher's matmuls in float8")
     trunk_dtype: str = opt("float32", "of the matrices outside the mixers, their gradients and "
                            "optimizer state", choices=("float32", "bfloat16"))  # fmt: skip
     use_muon: bool = opt(False, "Muon in distill and long")

@@ -44,6 +44,7 @@ from hybrid_layers import (
 from layers import attention_kernel
 from model import Transformer
 from objectives import AlignObjective, HeadObjective
+from ops.float8_linear import float8_copy, supports_float8
 from recompute import set_recompute
 from tokenizer import load_tokenizer
 from trainer import (
@@ -246,6 +247,11 @@ def distil(cfg: DistillConfig, argv: list[str]) -> None:
     warm_up(shape, kernels, cfg, world)
     start(world)
     dtype = set_up_torch(cfg, world)
+    if cfg.teacher_float8 and not (supports_float8(world.device) and dtype == torch.bfloat16):
+        raise UserError(
+            f"--teacher_float8: {world.device.type} in {dtype} found, an NVIDIA GPU of compute "
+            f"capability 8.9 or more in bfloat16 expected"
+        )
     data, train_data, val_data = main_first(world, lambda: open_data(cfg, tokenizer, build=True))
 
     for plan in plans:
@@ -301,6 +307,13 @@ def distil(cfg: DistillConfig, argv: list[str]) -> None:
                 table.add("converted attention outputs zeroed", evaluator(student))
         converted = "student after transfer" if layers and convert else "student at start"
         table.add(converted, evaluator(student))
+    guide = teacher
+    if cfg.teacher_float8:
+        guide = float8_copy(teacher, first)  # the student runs the first blocks too
+        if compile_wanted(cfg, world):
+            compile_blocks(guide)
+        if not table.has("teacher in float8"):
+            table.add("teacher in float8", evaluator(guide))
     restore_weights(run, student)
     samples = Samples(run, teacher, tokenizer)
 
@@ -320,7 +333,7 @@ def distil(cfg: DistillConfig, argv: list[str]) -> None:
             keep = bool(plan.stage.unique_tokens)
             objective = AlignObjective(student, teacher, layers, world, keep=keep)
         else:
-            objective = HeadObjective(student, teacher, plan.stage, world, layers, first)
+            objective = HeadObjective(student, guide, plan.stage, world, layers, first)
         train_stage(
             run, plan, objective, train_data, student=student, teacher=teacher,
             evaluate=evaluate_and_sample,
@@ -340,7 +353,7 @@ def run_identity(cfg, layers, convert, plans: list[StagePlan], data: TokenDatase
         "student": fingerprint(cfg.student) if cfg.student else "", "layers": layers,
         **({"mixer": cfg.mixer, **mixer_shape(cfg)} if convert else {}), "data": data.fingerprint,
         "seed": cfg.seed, "dtype": str(dtype), "trunk_dtype": cfg.trunk_dtype,
-        "doc_mask": cfg.doc_mask,
+        "teacher_float8": cfg.teacher_float8, "doc_mask": cfg.doc_mask,
         "calibrate_tokens": cfg.calibrate_tokens if convert else 0, "stages": stages,
     }  # fmt: skip
 

@@ -51,21 +51,24 @@ from hf import stock_type, to_hf_config
 from hybrid_layers import cast_trunk, convert_layers
 from metrics import console_table
 from objectives import HeadObjective
+from ops.float8_linear import float8_copy
 from trainer import Run, StagePlan
 
 
 def ours(
     run: Run, plan: StagePlan, args, *, layers: str = "", narrow: bool = False,
-    documents: bool = False,
+    documents: bool = False, float8: bool = False,
 ) -> tuple[Callable, ModelConfig]:  # fmt: skip
     """Our models; `layers` of the student are converted. narrow: its trunk is stored in the compute
-    type."""
+    type. float8: the teacher's blocks."""
     run = dataclasses.replace(run, cfg=dataclasses.replace(run.cfg, doc_mask=documents))
     teacher = random_model(run, args, 0).to(run.dtype).eval().requires_grad_(False)
     student = random_model(run, args, 1)
     converted = parse_layers(layers, len(student.layers))
     student = convert_layers(student, converted).train()
     cast_trunk(student, converted, run.dtype if narrow else torch.float32)
+    if float8:
+        teacher = float8_copy(teacher)
     make_fast(teacher, run, args)
     make_fast(student, run, args)
     objective = HeadObjective(student, teacher, plan.stage, run.world, converted)
@@ -152,6 +155,7 @@ LIGER = ("transformers", "liger_kernel")
 VARIANTS = {
     "ours": ((), ours),
     "ours, bfloat16 trunk": ((), partial(ours, narrow=True)),
+    "ours, bfloat16 trunk, float8 teacher": ((), partial(ours, narrow=True, float8=True)),
     "ours, documents": ((), partial(ours, documents=True)),
     "ours 3:1": ((), partial(ours, layers="3:1")),
     "ours 3:1, bfloat16 trunk": ((), partial(ours, layers="3:1", narrow=True)),

@@ -173,6 +173,11 @@ def test_dry_run_trains_nothing(tiny_teacher, tiny_data, tmp_path, capsys):
     assert metric_rows(tmp_path / "a") == {}
 
 
+def test_a_teacher_in_float8_needs_a_gpu(refused, tiny_teacher, tiny_data, tmp_path):
+    flags = kd_flags(tiny_teacher, tiny_data, tmp_path, "a", "--teacher_float8")
+    assert "--teacher_float8: cpu in torch.float32 found" in refused("train_kd", *flags)
+
+
 def test_a_trunk_in_bfloat16(refused, tiny_teacher, tiny_data, tmp_path, capsys):
     """It trains, resumes and is saved; mixers and norms stay in float32."""
     flags = kd_flags(tiny_teacher, tiny_data, tmp_path, "a", "--trunk_dtype=bfloat16")
