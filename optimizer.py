@@ -124,18 +124,15 @@ class AdamW(torch.optim.AdamW):
                 "lr": group["lr"], "beta1": beta1, "beta2": beta2, "eps": group["eps"],
                 "weight_decay": group["weight_decay"],
             }  # fmt: skip
-            by_dtype = defaultdict(list)
+            launches = defaultdict(list)
             for p in group["params"]:
                 if p.grad is not None:
-                    by_dtype[p.dtype].append(p)
-            for params in by_dtype.values():
-                states = [self.state[p] for p in params]
-                names = ("exp_avg", "exp_avg_sq", "step")
-                firsts, seconds, steps = ([s[name] for s in states] for name in names)
-                grads = [p.grad for p in params]
-                triton = uses_triton([*params, *grads, *firsts, *seconds], KINDS)
+                    state = self.state[p]
+                    one = p, p.grad, state["exp_avg"], state["exp_avg_sq"], state["step"]
+                    launches[p.dtype, uses_triton(one[:4], KINDS)].append(one)
+            for (_, triton), some in launches.items():
                 run = triton_adamw if triton else plain_adamw
-                run(params, grads, firsts, seconds, steps, **settings)
+                run(*map(list, zip(*some, strict=True)), **settings)
 
 
 # Both optimizers together
@@ -294,7 +291,7 @@ def build_optimizer(
         # One kernel per step instead of a dozen passes over the parameters.
         params = [p for g in adamw_groups for p in g["params"]]
         fused = all(p.device.type in ("cpu", "cuda") for p in params)
-        ours = any(p.is_cuda or p.dtype == torch.bfloat16 for p in params)
+        ours = uses_triton(params, KINDS) or any(p.dtype == torch.bfloat16 for p in params)
         ours = ours and not any(map(is_sharded, params))
         kind = AdamW if ours else torch.optim.AdamW
         adamw = kind(adamw_groups, lr=lr, betas=betas, eps=eps, fused=fused)
