@@ -16,12 +16,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from cache import Cache, LayerCache
 from config import ModelConfig
 from hybrid_layers import build_mixer
 from layers import (
     Attention,
-    Cache,
-    LayerCache,
     RMSNorm,
     SeqInfo,
     attention_kernel,
@@ -43,14 +42,14 @@ class MLP(nn.Module):
         self.down_proj = nn.Linear(hidden, d, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        both = project(x, self.gate_proj, self.up_proj), None
-        if both[0] is None:
-            both = self.gate_proj(x), self.up_proj(x)
-            # Inductor makes one kernel of the rest; ours holds less for a backward.
-            fused = torch.compiler.is_compiling() and torch.is_grad_enabled()
-            if not fused or type(self.down_proj) is not nn.Linear:
-                return self.down_proj(F.silu(both[0]) * both[1])
-        return swiglu_mm(*both, self.down_proj.weight)
+        if type(self.down_proj) is nn.Linear:
+            joint = project(x, self.gate_proj, self.up_proj)
+            if joint is not None:
+                return swiglu_mm(joint, None, self.down_proj.weight)
+            # Without a backward Inductor's one kernel is as good; with one, ours holds less for it.
+            if torch.compiler.is_compiling() and torch.is_grad_enabled():
+                return swiglu_mm(self.gate_proj(x), self.up_proj(x), self.down_proj.weight)
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
 
 
 class Block(nn.Module):

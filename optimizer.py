@@ -156,8 +156,7 @@ class OptimizerSet:
         return [group for optimizer in self.optimizers for group in optimizer.param_groups]
 
     def step(self) -> None:
-        if isinstance(self.adamw, AdamW):
-            self.init_state()
+        self.init_state()
         for optimizer in self.optimizers:
             optimizer.step()
 

@@ -30,7 +30,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks.common import about, clock
+from benchmarks.common import about, clock, show_profile
 from benchmarks.decode import SHAPES
 from config import DistillConfig, ModelConfig, parse_layers
 from data import Batch, pack_rows
@@ -128,6 +128,7 @@ def add_flags(parser: argparse.ArgumentParser, *, batch: int, length: int) -> No
     flag = argparse.BooleanOptionalAction
     parser.add_argument("--device", default="cuda" if cuda else "cpu")
     parser.add_argument("--compile", action=flag, default=cuda)
+    parser.add_argument("--profile", action="store_true", help="also show where the time goes")
     parser.add_argument("--json", default="", help="write the numbers here, row by row")
     parser.add_argument("--read", default="", help="show these numbers instead of measuring")
 
@@ -161,6 +162,8 @@ def measure(run: Run, plan: StagePlan, args, teacher: Transformer, kind: str, la
     objective = KINDS[kind](student, teacher, layers, run.world)
     step = our_step(run, plan, objective, teacher.config.vocab_size)
     row, values = timed(step, args)[1], step()
+    if args.profile:
+        show_profile(step, f"{kind}, {len(layers)} layers")
     return row | {"losses": [float(values[f"layer_{i}"]) for i in layers]}
 
 

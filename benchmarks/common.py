@@ -5,14 +5,17 @@ from __future__ import annotations
 import itertools
 import statistics
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from torch.profiler import profile, schedule
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from scripts.profile_table import read_events, show, summarise
 from trainer import git_commit
 
 
@@ -49,10 +52,25 @@ def extra_memory(work: Callable, device: str) -> int:
     return torch.cuda.max_memory_allocated() - before
 
 
+def show_profile(work: Callable, what: str) -> None:
+    """Where the time of two calls of `work()` goes, as scripts/profile_table.py tells of a run."""
+    steps = schedule(wait=0, warmup=1, active=2, repeat=1)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "trace.json"
+        save = lambda prof: prof.export_chrome_trace(str(path))  # noqa: E731
+        with profile(schedule=steps, on_trace_ready=save) as prof:
+            for _ in range(3):
+                work()
+                prof.step()
+        found = summarise(read_events(path))
+    print(f"profile of {what}")
+    show(found, 20)
+
+
 def about(args, script: str) -> dict:
     """Device, version, commit, command and settings of a measurement."""
     device = torch.cuda.get_device_name() if args.device == "cuda" else "CPU"
-    skip = ("json", "read", "plot", "device")
+    skip = ("json", "read", "plot", "device", "profile")
     return {
         "device": device, "torch": torch.__version__, "commit": git_commit() or "no repository",
         "command": f"python benchmarks/{script}.py " + " ".join(sys.argv[1:]),

@@ -155,6 +155,9 @@ def parts(args) -> None:
         ms = 1e3 * clock(run, args.device, args.repeats) * count
         table.append({"part": name, "ms a step": f"{ms:.2f}"})
     console_table(f"{count} chunks of {chunk} tokens", table)
+    a, b = (torch.randn(8192, 8192, dtype=dtype, device=h_s.device) for _ in range(2))
+    rate = 2 * 8192**3 / clock(lambda: torch.mm(a, b), args.device, args.repeats)
+    print(f"a matmul of 8192 x 8192 x 8192: {rate / 1e12:.0f} TFLOP/s")
 
 
 def show(results: dict) -> None:

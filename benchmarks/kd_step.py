@@ -43,7 +43,7 @@ from benchmarks.align import (
     set_up,
     timed,
 )
-from benchmarks.common import about
+from benchmarks.common import about, show_profile
 from benchmarks.decode import SHAPES
 from config import ModelConfig, parse_layers
 from flops import flops_per_token, mfu, peak_flops
@@ -171,6 +171,8 @@ def measure(name: str, run: Run, plan: StagePlan, args) -> dict:
     """A variant's figures; its models live only as long as this call."""
     step, config = VARIANTS[name][1](run, plan, args)
     values, row = timed(step, args)
+    if args.profile:
+        show_profile(step, name)
     needed = flops_per_token("distill", config, ModelConfig(**SHAPES[args.shape]), args.length)
     rate = mfu(row["tok_s"], needed, 1, peak_flops(run.world.device, run.dtype))
     return row | {"loss": values["loss"], "tflops": row["tok_s"] * needed / 1e12, "mfu": rate}

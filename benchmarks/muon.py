@@ -25,7 +25,7 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks.common import about, clock, extra_memory
+from benchmarks.common import about, clock, extra_memory, show_profile
 from benchmarks.decode import SHAPES
 from config import ModelConfig
 from metrics import console_table
@@ -93,6 +93,8 @@ def measure(make, shapes: dict, args, compiled: bool) -> tuple[dict, list[Tensor
     updates = [p.detach().clone() for p in params.values()]
     clock(step, args.device, args.warmup)
     seconds = clock(step, args.device, args.repeats)
+    if args.profile:
+        show_profile(step, f"{make.__name__}, {len(shapes)} matrices")
     rate = newton_schulz_flops(list(shapes.values())) / seconds
     extra = extra_memory(step, args.device)
     row = {"ms": 1e3 * seconds, "tflops": rate / 1e12, "extra_bytes": extra, "first_step_s": first}
@@ -162,6 +164,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--repeats", type=int, default=20, help="steps timed")
     parser.add_argument("--device", default="cuda" if cuda else "cpu")
     parser.add_argument("--compile", action="store_true", help="time the peer compiled, too")
+    parser.add_argument("--profile", action="store_true", help="also show where the time goes")
     parser.add_argument("--json", default="", help="write the numbers here, row by row")
     parser.add_argument("--read", default="", help="show these numbers instead of measuring")
     args = parser.parse_args(argv)

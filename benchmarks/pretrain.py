@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks.common import about, clock
+from benchmarks.common import about, clock, show_profile
 from benchmarks.loader import ConstantLoader, pretraining
 from config import ModelConfig, PretrainConfig, UserError
 from flops import matmul_params, mfu, model_flops_per_token, peak_flops
@@ -127,6 +127,8 @@ def measure(name: str, config: ModelConfig, cfg: PretrainConfig, args) -> dict:
         torch.cuda.reset_peak_memory_stats()
     seconds = clock(work, args.device, args.repeats)
     peak = torch.cuda.max_memory_allocated() - before if cuda else 0
+    if args.profile:
+        show_profile(work, name)
     linear = (m.weight.numel() for m in model.modules() if isinstance(m, nn.Linear))
     matmuls = matmul_params(config) if isinstance(model, Transformer) else sum(linear)
     sizes = {name: p.numel() for name, p in model.named_parameters()}
@@ -205,6 +207,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--repeats", type=int, default=20, help="steps timed")
     parser.add_argument("--device", default="cuda" if cuda else "cpu")
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=cuda)
+    parser.add_argument("--profile", action="store_true", help="also show where the time goes")
     parser.add_argument("--json", default="", help="write the numbers here, row by row")
     parser.add_argument("--read", default="", help="show these numbers instead of measuring")
     args = parser.parse_args(argv)

@@ -18,8 +18,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from cache import LayerCache
 from config import ModelConfig, UserError
-from layers import LayerCache, RMSNorm, SeqInfo, ShortConvolution, last_tokens
+from layers import RMSNorm, SeqInfo, ShortConvolution, last_tokens
 
 # SiLU(x) is near x / 2 for small x; the L2 norm (q, k) and the RMSNorm (v) take the scale out.
 QK_TAP = 0.03

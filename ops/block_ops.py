@@ -11,16 +11,17 @@ Shapes: B batch, T time, H query heads, G key/value heads, D head size, F width 
 from __future__ import annotations
 
 import functools
-import importlib.util
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ops.kernels import has_triton
+
 ROWS, ROW_WARPS = 16, 4  # tokens of one program of the rotation
 BLOCK, BLOCK_WARPS = 1024, 4  # columns of one program of SwiGLU
 
-HAS_TRITON = importlib.util.find_spec("triton") is not None
+HAS_TRITON = has_triton()  # asked here: compiled blocks would trace through the cache
 
 
 @functools.cache

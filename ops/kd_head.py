@@ -17,8 +17,6 @@ Shapes: N tokens, C tokens of one chunk, V common vocabulary, H hidden size.
 
 from __future__ import annotations
 
-import functools
-import importlib.util
 from dataclasses import dataclass
 
 import torch
@@ -26,6 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ops.kd_chunk import LOSSES, HeadOptions, kd_chunk
+from ops.kernels import has_triton
 
 IGNORE_INDEX = -100  # label of padding and document tails, as in torch.nn.functional.cross_entropy
 
@@ -99,17 +98,12 @@ def _auto_chunk(n: int, row_bytes: int, kind: str) -> int:
     return -(-size // 128) * 128 if kind == "triton" else size  # whole tiles of a matmul
 
 
-@functools.cache
-def _has_triton() -> bool:
-    return importlib.util.find_spec("triton") is not None
-
-
 def uses_triton(h: Tensor, options: HeadOptions, dtypes: set[torch.dtype], vocab: int) -> bool:
     """Whether the Triton kernel runs: if it may, on CUDA, in bfloat16 or float32, on the whole
     vocabulary."""
     whole = options.top_k in (0, vocab) or options.top_k > vocab
     supported = dtypes <= {torch.bfloat16, torch.float32} and len(dtypes) == 1
-    return TRITON and h.is_cuda and whole and supported and _has_triton()
+    return TRITON and h.is_cuda and whole and supported and has_triton()
 
 
 class _Head(torch.autograd.Function):

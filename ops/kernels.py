@@ -34,6 +34,12 @@ def has_mamba_ssm() -> bool:
     return importlib.util.find_spec("mamba_ssm") is not None
 
 
+@functools.cache
+def has_triton() -> bool:
+    """Whether Triton is installed; it comes with PyTorch's CUDA builds."""
+    return importlib.util.find_spec("triton") is not None
+
+
 PACKAGES = {"fla": ("flash-linear-attention", has_fla), "mamba_ssm": ("mamba-ssm", has_mamba_ssm)}
 
 

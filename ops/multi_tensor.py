@@ -15,13 +15,14 @@ Shapes: N matrices of R rows and C columns, P programs a matrix.
 from __future__ import annotations
 
 import functools
-import importlib.util
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from ops.kernels import has_triton
 
 BLOCK, WARPS = 4096, 8  # of a program: elements at a time
 BLOCKS = 8  # of a program that scales: so few programs that they cost nothing where the factor is 1
@@ -88,14 +89,9 @@ def kernels():
     return multi_tensor_kernels
 
 
-@functools.cache
-def _has_triton() -> bool:
-    return importlib.util.find_spec("triton") is not None
-
-
 def uses_triton(tensors: Iterable[Tensor], dtypes=(torch.float32,)) -> bool:
     """Whether the Triton kernels can take these."""
-    return _has_triton() and all(
+    return has_triton() and all(
         t.is_cuda and t.dtype in dtypes and t.is_contiguous() for t in tensors
     )
 
@@ -112,9 +108,11 @@ def _table(addresses: tuple[int, ...], device: torch.device) -> Tensor:
 
 
 def _tables(*lists: list[Tensor]) -> tuple[list[Tensor], int]:
-    """The table of addresses [N] of each list, and 16 if all are multiples of 16 bytes, else 4."""
+    """The table of addresses [N] of each list, and 16 if all are multiples of 16 bytes, else the
+    size of an element."""
     addresses = [tuple(t.data_ptr() for t in tensors) for tensors in lists]
-    align = 16 if all(a % 16 == 0 for some in addresses for a in some) else 4
+    whole = all(a % 16 == 0 for some in addresses for a in some)
+    align = 16 if whole else min(t.element_size() for some in lists for t in some)
     return [_table(some, lists[0][0].device) for some in addresses], align
 
 
@@ -185,12 +183,16 @@ def _programs(sizes: tuple[int, ...], device: torch.device) -> tuple[Tensor, Ten
     return tuple(_to_device(t, device) for t in (numbers, count.cumsum(0) - count, owners))
 
 
+def _kind(tensors: list[Tensor]):
+    """Triton's name of their dtype."""
+    import triton.language as tl
+
+    return {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16}[tensors[0].dtype]
+
+
 def _launch(kernel: str, tensors: list[Tensor], other: Tensor | None = None) -> Tensor:
     """Run a kernel over tensors of one dtype; `other` is its factor, or else the result is what it
     finds for each program."""
-    import triton.language as tl
-
-    kinds = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16}
     (table,), align = _tables(tensors)
     sizes, firsts, owners = _programs(tuple(t.numel() for t in tensors), table.device)
     if other is None:
@@ -198,7 +200,7 @@ def _launch(kernel: str, tensors: list[Tensor], other: Tensor | None = None) -> 
     if len(owners):
         with torch.cuda.device_of(table):
             getattr(kernels(), kernel)[len(owners),](
-                table, sizes, firsts, owners, other, ALIGN=align, KIND=kinds[tensors[0].dtype],
+                table, sizes, firsts, owners, other, ALIGN=align, KIND=_kind(tensors),
                 BLOCK=BLOCK, BLOCKS=BLOCKS, num_warps=WARPS,
             )  # fmt: skip
     return other
@@ -266,9 +268,6 @@ def triton_adamw(
     steps: list[Tensor], *, lr: float, beta1: float, beta2: float, eps: float, weight_decay: float,
 ) -> None:  # fmt: skip
     """`plain_adamw` of tensors of one dtype, float32 or bfloat16, in one launch."""
-    import triton.language as tl
-
-    kinds = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16}
     torch._foreach_add_(steps, 1)
     count = torch.stack(steps)
     roots1 = (1 - beta1 ** count.double()).float()
@@ -279,7 +278,7 @@ def triton_adamw(
         with torch.cuda.device_of(count):
             kernels().adamw_kernel[len(owners),](
                 *tables, sizes, starts, owners, count, roots1, roots2, lr, 1 - lr * weight_decay,
-                beta1, beta2, eps, ALIGN=align, KIND=kinds[params[0].dtype], BLOCK=BLOCK,
+                beta1, beta2, eps, ALIGN=align, KIND=_kind(params), BLOCK=BLOCK,
                 BLOCKS=BLOCKS, num_warps=WARPS,
             )  # fmt: skip
     torch.autograd.graph.increment_version([*params, *firsts, *seconds])

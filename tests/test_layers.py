@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from kit import TOLERANCE, assert_close_rms, tiny_config
 
+from cache import Cache
 from layers import (
-    Cache,
     RMSNorm,
     SeqInfo,
     ShortConvolution,

@@ -11,9 +11,10 @@ import torch
 from kit import assert_close_rms, gradients, randomise, tiny_config
 from test_mixers import BOUNDS, TEACHERS, converted, make
 
+from cache import Cache
 from config import UserError
 from hybrid_layers import build_mixer, check_transfer, convert_layers
-from layers import Attention, Cache, apply_rope
+from layers import Attention, apply_rope
 from ops.kernels import resolve_kernel
 
 every_teacher = pytest.mark.parametrize("teacher", TEACHERS.values(), ids=TEACHERS)

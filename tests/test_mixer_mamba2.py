@@ -8,8 +8,9 @@ import torch.nn.functional as F
 from kit import assert_close_rms, gradients, stock, tiny_config, tiny_model
 from test_mixers import converted, make
 
+from cache import Cache
 from hybrid_layers import build_mixer
-from layers import Cache, apply_rope
+from layers import apply_rope
 from ops.ssd import naive_ssd
 
 # (groups, heads): B and C shared by all heads, by two each, by none

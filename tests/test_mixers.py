@@ -13,8 +13,9 @@ import torch.nn.functional as F
 from kit import assert_close_rms, gradients, randomise, rms_ratio, stock, tiny_config, tiny_model
 from torch import nn
 
+from cache import Cache
 from hybrid_layers import MIXERS, build_mixer, convert_config
-from layers import Attention, Cache, apply_rope
+from layers import Attention, apply_rope
 from mixers.base import inverse_silu, inverse_softplus
 from ops.gated_delta_rule import naive_gated_delta_rule
 
