@@ -28,7 +28,6 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ops.bounds import known_chunk_table
@@ -85,7 +84,7 @@ def _gated_delta_rule_forward(q, k, v, g, beta, *, initial_state, **kwargs):
 def _gated_delta_rule_backward(do, dht, q, k, v, beta, total, inverse, **kwargs):
     from fla.ops.gated_delta_rule import chunk
 
-    with _wide_keys(chunk, q.device):
+    with _right_code(k):
         dq, dk, dv, dbeta, dg, dh0, _, _ = chunk.chunk_gated_delta_rule_bwd(
             q=q, k=k, v=v, g=total, beta=beta, A=inverse, do=do, dht=dht, chunk_size=CHUNK,
             **kwargs,
@@ -162,7 +161,7 @@ def _linear_attention_backward(do, dht, q, k, v, total, *, cu_seqlens, chunk_ind
 
     packing = dict(chunk_size=CHUNK, cu_seqlens=cu_seqlens, chunk_indices=chunk_indices)
     total = total if total.numel() else None
-    with _wide_keys(chunk, q.device) if total is not None else contextlib.nullcontext():
+    with _right_code(k) if total is not None else contextlib.nullcontext():
         dq, dk, dv, dg, dh0 = chunk.chunk_simple_gla_bwd(
             q=q, k=k, v=v, g=total, g_gamma=None, do=do, dht=dht, **packing, **kwargs
         )
@@ -236,46 +235,44 @@ OPS = {
 }  # fmt: skip
 
 
-@functools.cache
-def _block_64_is_wrong(device: torch.device) -> bool:
-    return device.type == "cuda" and fla_backward_refused(device)
+# Of the refused kernel for keys of up to 64.
+TWO_WARPS = {"num_warps": 2, "num_stages": 2}
 
 
 @contextlib.contextmanager
-def _wide_keys(module: types.ModuleType, device: torch.device) -> Iterator[None]:
-    """Within it, `module`'s call of chunk_bwd_dqkwg runs in key blocks of 128 where fla refuses it.
+def _right_code(k: Tensor) -> Iterator[None]:
+    """Within it, fla's chunk_bwd_dqkwg runs for keys k [..., K] where fla refuses it, and is right.
 
     Triton 3.4 to 3.7.0 miscompiles that kernel's gated form on Hopper for blocks of 64 keys, so
-    that dk and dg are wrong (flash-linear-attention issue 640); 128 is right. Zero keys add nothing
-    to any product, so narrower heads are padded to 128, and cut again.
+    that dk and dg are wrong (flash-linear-attention issue 640): it transposes the result of a
+    wgmma, the product of four warps. Two warps multiply with mma and are right; so are blocks of
+    128, which wider keys have.
     """
-    if not _block_64_is_wrong(device):
+    if not (k.is_cuda and fla_backward_refused(k.device)):
         yield
         return
     from fla.ops.common import chunk_o
 
-    kernel, guard = module.chunk_bwd_dqkwg, chunk_o.TRITON_ABOVE_3_7_1
-    module.chunk_bwd_dqkwg = functools.partial(_padded_dqkwg, kernel)
+    kernel, guard = chunk_o.chunk_bwd_kernel_dqkwg, chunk_o.TRITON_ABOVE_3_7_1
     chunk_o.TRITON_ABOVE_3_7_1 = True
+    if k.shape[-1] <= 64:
+        chunk_o.chunk_bwd_kernel_dqkwg = _two_warps(kernel)
     try:
         yield
     finally:
-        module.chunk_bwd_dqkwg, chunk_o.TRITON_ABOVE_3_7_1 = kernel, guard
+        chunk_o.chunk_bwd_kernel_dqkwg, chunk_o.TRITON_ABOVE_3_7_1 = kernel, guard
 
 
-def _padded_dqkwg(kernel: Callable, **tensors):
-    """`kernel` on keys padded with zeros to 128; wider ones have blocks of 128 already."""
-    key_dim = tensors["k"].shape[-1]
-    if key_dim > 64:
-        return kernel(**tensors)
-    for name in ("q", "k", "w"):  # [B, T, H, K]
-        if tensors.get(name) is not None:
-            tensors[name] = F.pad(tensors[name], (0, 128 - key_dim))
-    for name in ("h", "dh"):  # [B, chunks, H, K, V]
-        tensors[name] = F.pad(tensors[name], (0, 0, 0, 128 - key_dim))
-    dq, dk, dw, dg = kernel(**tensors)
-    cut = [None if x is None else x[..., :key_dim].contiguous() for x in (dq, dk, dw)]
-    return (*cut, dg)
+@functools.cache
+def _two_warps(kernel):
+    """fla's kernel, heuristics over an autotuner, with TWO_WARPS instead of the autotuner."""
+    from triton.runtime.autotuner import Heuristics
+
+    class TwoWarps(Heuristics):
+        def run(self, *args, **kwargs):
+            return super().run(*args, **TWO_WARPS, **kwargs)
+
+    return TwoWarps(kernel.fn.fn, kernel.arg_names, kernel.values)
 
 
 def _chunk_indices(cu_seqlens: Tensor | None) -> Tensor | None:

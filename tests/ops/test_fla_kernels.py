@@ -10,6 +10,7 @@ import importlib
 import inspect
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from unittest import mock
 
 import pytest
 import torch
@@ -288,31 +289,34 @@ def test_head_sizes(op):
 
 
 @pytest.mark.parametrize("key", [16, 64, 96, 128])
-def test_wide_keys(monkeypatch, key):
-    """Keys reach the refused kernel in blocks of 128, and the guard is back afterwards."""
-    chunk = pytest.importorskip("fla.ops.gated_delta_rule.chunk")
-    from fla.ops.common import chunk_o
+def test_right_code(monkeypatch, key):
+    """The refused kernel runs, for up to 64 keys with two warps; the guard is back afterwards."""
+    chunk_o = pytest.importorskip("fla.ops.common.chunk_o")
+    from triton.runtime.autotuner import Autotuner, Heuristics
 
-    seen = {}
+    launched = []
 
-    def kernel(q, k, w, h, dh, v):
-        seen.update(guard=chunk_o.TRITON_ABOVE_3_7_1, key=k.shape[-1])
-        return (v @ h.mT + q, v @ dh.mT + k, v @ h.mT + w, (h * dh).sum((-1, -2)))
+    class Jit:
+        def run(self, *args, **kwargs):
+            launched.append(kwargs)
 
-    monkeypatch.setattr(chunk, "chunk_bwd_dqkwg", kernel)
+    class Tuner:
+        fn, run = Jit(), Jit().run
+
+    fla = chunk_o.chunk_bwd_kernel_dqkwg
+    assert isinstance(fla, Heuristics) and isinstance(fla.fn, Autotuner)  # what _two_warps takes
+    kernel = Heuristics(Tuner(), ["k", "g"], {"USE_G": lambda args: args["g"] is not None})
+    monkeypatch.setattr(chunk_o, "chunk_bwd_kernel_dqkwg", kernel)
     monkeypatch.setattr(chunk_o, "TRITON_ABOVE_3_7_1", False)
-    monkeypatch.setattr(fla_kernels, "_block_64_is_wrong", lambda _: True)
-    q, k, w = torch.randn(3, 1, 8, key)
-    h, dh = torch.randn(2, 1, key, 24)
-    tensors = dict(q=q, k=k, w=w, h=h, dh=dh, v=torch.randn(1, 8, 24))
-    expected = kernel(**tensors)
-    with pytest.raises(ZeroDivisionError), fla_kernels._wide_keys(chunk, torch.device("cpu")):
-        for a, b in zip(chunk.chunk_bwd_dqkwg(**tensors), expected, strict=True):
-            assert a.is_contiguous()
-            assert_close_rms(a, b)
+    monkeypatch.setattr(fla_kernels, "fla_backward_refused", lambda _: True)
+    k = mock.Mock(shape=(1, 8, 2, key), is_cuda=True)
+    with pytest.raises(ZeroDivisionError), fla_kernels._right_code(k):
+        assert chunk_o.TRITON_ABOVE_3_7_1 is True
+        chunk_o.chunk_bwd_kernel_dqkwg[7,](k, g=1)
         raise ZeroDivisionError
-    assert seen == {"guard": True, "key": 128 if key <= 64 else key}
-    assert chunk.chunk_bwd_dqkwg is kernel
+    warps = fla_kernels.TWO_WARPS if key <= 64 else {}
+    assert launched == [dict(grid=(7,), warmup=False, g=1, USE_G=True, **warps)]
+    assert chunk_o.chunk_bwd_kernel_dqkwg is kernel
     assert chunk_o.TRITON_ABOVE_3_7_1 is False
 
 
@@ -327,7 +331,7 @@ def on_gpu(test):
 
 # Key size, value size, heads: the heads of scripts/tune_kernels.py, whose compiled kernels serve.
 SIZES = {"64": (64, 64, 9), "128": (128, 128, 12), "96": (96, 96, 8), "64x128": (64, 128, 9)}
-# No power of two: masked tiles. Key and value differ, and short keys are padded to 128 on Hopper.
+# No power of two: masked tiles. Key and value differ.
 MORE_SIZES = [
     *((variant, "96") for variant in ("gated_delta_rule", "kda", "gla", "rwkv7")),
     *((variant, "64x128") for variant in ("gated_delta_rule", "linear_attention", "rwkv6")),
