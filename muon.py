@@ -170,14 +170,12 @@ def _gram_iterations(x: Tensor, polynomials: list[tuple[float, float, float]]) -
     """The same, without touching x [N, R, C] in between."""
     gram, product = _gram(x), None
     for i, (a, b, c) in enumerate(polynomials):
-        last = i + 1 == len(polynomials)
-        poly = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)  # (a + poly) is this iteration
-        product = poly if product is None else torch.baddbmm(product, poly, product, beta=a)
-        half = None if last else torch.baddbmm(gram, poly, gram, beta=a)
-        # From here on poly has a on its diagonal: the first product wants it, and baddbmm would
-        # copy its addend. Elsewhere that rounding would cost accuracy.
+        poly = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
+        # Here, unlike in `orthogonalise`, the rounding of a + poly adds little to the error.
         poly.diagonal(dim1=1, dim2=2).add_(a)
-        gram = None if last else poly @ half  # (a + poly)^2 gram; all of them commute
+        product = poly if product is None else poly @ product
+        if i + 1 < len(polynomials):
+            gram = poly @ (poly @ gram)  # all of them commute
     return torch.bmm(*_in_order(product, x))
 
 
