@@ -15,6 +15,7 @@ import argparse
 import json
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -27,6 +28,7 @@ from ops import kd_head as head
 from ops.kd_head import kd_head, naive_kd_head
 
 CHECKED = 256  # tokens
+FLOAT32 = "ours, float32 weights"
 
 
 def make(args, tokens: int) -> list[torch.Tensor]:
@@ -45,14 +47,14 @@ def make(args, tokens: int) -> list[torch.Tensor]:
     return [h_s, w_s, h_t, w_t, labels]
 
 
-def ours(h_s, w_s, h_t, w_t, labels):
-    return kd_head(h_s, w_s, h_t, w_t, labels, unit_grad=True).loss
+def ours(h_s, w_s, h_t, w_t, labels, chunk_size=0):
+    return kd_head(h_s, w_s, h_t, w_t, labels, chunk_size=chunk_size, unit_grad=True).loss
 
 
-def ours_float32_weights(h_s, w_s, h_t, w_t, labels):
+def ours_float32_weights(h_s, w_s, h_t, w_t, labels, chunk_size=0):
     """As a run has it: float32 weights under autocast."""
     with torch.autocast(h_s.device.type, torch.bfloat16, enabled=h_s.is_cuda):
-        return kd_head(h_s, w_s, h_t, w_t, labels, unit_grad=True).loss
+        return ours(h_s, w_s, h_t, w_t, labels, chunk_size)
 
 
 def full_logits(h_s, w_s, h_t, w_t, labels):
@@ -78,9 +80,9 @@ def fla() -> Callable:
 
 def variants(args) -> dict[str, Callable]:
     """name -> loss(h_s, w_s, h_t, w_t, labels) of what can run here."""
-    found = {"ours": ours, "full logits": full_logits}
+    found = {"ours": partial(ours, chunk_size=args.chunk_size), "full logits": full_logits}
     if args.device == "cuda":
-        found["ours, float32 weights"] = ours_float32_weights
+        found[FLOAT32] = partial(ours_float32_weights, chunk_size=args.chunk_size)
     for name, load in (("Liger", liger), ("fla", fla)):
         if args.device != "cuda":
             continue
@@ -110,7 +112,7 @@ def measure(args) -> dict:
         try:
             row["error"] = exactness(loss, args)
             inputs = make(args, args.tokens)
-            if loss is ours_float32_weights:
+            if name == FLOAT32:
                 inputs[1] = inputs[1].detach().float().requires_grad_()
 
             def step(inputs=inputs, loss=loss):
@@ -182,6 +184,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--triton", action=flag, default=True, help="ours: the Triton kernel")
     parser.add_argument("--block", type=int, default=0, help="of our kernel; 0 = as it is")
     parser.add_argument("--warps", type=int, default=0)
+    parser.add_argument("--chunk_size", type=int, default=0, help="tokens, of ours; 0 = by memory")
     parser.add_argument("--parts", action="store_true", help="time the parts of ours instead")
     parser.add_argument("--repeats", type=int, default=20)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")

@@ -115,6 +115,8 @@ def kd_chunk_kernel(
     kl_q = 0.0
     kl_p = 0.0
     LATE: tl.constexpr = TEACHER and (LOSS == 1 or LOSS == 2)  # the gradient comes last
+    # What is not read again should not push out of the cache what is: 3 % on an H100.
+    LOADED: tl.constexpr = "" if LATE else "evict_first"
     blocks: tl.constexpr = (VOCAB + BLOCK - 1) // BLOCK
     scale = 0.0
     if GRAD:
@@ -125,12 +127,14 @@ def kd_chunk_kernel(
         for i in range(0, blocks):
             index = (blocks - 1 - i) * BLOCK + lane  # the end is still in the cache
             mask = index < VOCAB
-            x = tl.load(z_s + index, mask=mask, other=float("-inf")).to(tl.float32)
+            x = tl.load(z_s + index, mask=mask, other=float("-inf"), eviction_policy=LOADED)
+            x = x.to(tl.float32)
             lp = x * inv_temperature - lse_s
             p = tl.exp(lp)
             d = tl.zeros([BLOCK], tl.float32)
             if TEACHER:
-                y = tl.load(z_t + index, mask=mask, other=float("-inf")).to(tl.float32)
+                y = tl.load(z_t + index, mask=mask, other=float("-inf"), eviction_policy=LOADED)
+                y = y.to(tl.float32)
                 lq = y * inv_temperature - lse_t
                 q = tl.exp(lq)
                 if LOSS == 0:
@@ -149,7 +153,8 @@ def kd_chunk_kernel(
             if GRAD and not LATE:
                 if CE:
                     d += ce_weight * (tl.exp(x - lse_s1) - tl.where(index == label, 1.0, 0.0))
-                tl.store(z_s + index, (d * scale).to(z_s.dtype.element_ty), mask=mask)
+                d = (d * scale).to(z_s.dtype.element_ty)
+                tl.store(z_s + index, d, mask=mask, cache_modifier=".cs")
         kl_q = tl.sum(sum_q, 0)
         kl_p = tl.sum(sum_p, 0)
     value = kl_q
