@@ -157,7 +157,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--shape", default="smollm2-135m", choices=SHAPES)
     parser.add_argument("--seq_len", type=int, default=2048, help="tokens per row")
-    parser.add_argument("--batch", type=int, default=16, help="rows of a step")
+    parser.add_argument("--batch", type=int, default=32, help="rows of a step")
     parser.add_argument("--tokens", type=int, default=0, help="of the shards; 0 = 20M, CPU 100k")
     parser.add_argument("--warmup", type=int, default=10 if cuda else 1, help="steps not timed")
     parser.add_argument("--steps", type=int, default=5, help="consecutive steps of a turn")
