@@ -7,8 +7,8 @@ r"""A pretraining step against nanoGPT's and nanochat's on the same shapes: toke
 Ours is `trainer.one_step` on what train.py builds: fused head, clipping, optimizer. The peers take
 their own steps, those of nanoGPT's bench.py and nanochat's base_train.py, which do not clip;
 nanochat has full attention, for want of FlashAttention 3. All get the same random tokens, unpacked
-and on the device already, and every loss is read after the next step was launched, as our trainer
-does it (bench.py and base_train.py wait for each).
+and on the device already. Each is timed twice: every loss read a step late without waiting, as our
+trainer does it, and every loss waited for, as bench.py and base_train.py do.
 Peak memory is that of a whole step, weights and optimizer included. MFU by PaLM's 6 N + 12 L H Q T,
 N being the weights of matmuls, and by nanoGPT's, the same with all parameters but position
 embeddings. One model at a time, medians.
@@ -21,6 +21,7 @@ import gc
 import importlib.util
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -107,6 +108,31 @@ def nanochat(config: ModelConfig, cfg: PretrainConfig, data: Tensor, args) -> tu
 MODELS = {"muon": ours, "adamw": ours, "nanogpt": nanogpt, "nanochat": nanochat}
 
 
+def read_late(step: Callable[[], Tensor], device: str) -> Callable[[], float]:
+    """A step that returns the loss of the one before, which the host reads while this one runs."""
+    taken = []
+
+    def take() -> None:
+        loss = step().detach()
+        if device != "cuda":
+            taken.append((loss, None))
+            return
+        done = torch.cuda.Event()
+        loss = loss.to("cpu", non_blocking=True)  # .item() would wait for what was just launched
+        done.record()
+        taken.append((loss, done))
+
+    def work() -> float:
+        take()
+        loss, done = taken.pop(0)
+        if done is not None:
+            done.synchronize()
+        return loss.item()
+
+    take()
+    return work
+
+
 def measure(name: str, config: ModelConfig, cfg: PretrainConfig, args) -> dict:
     """Build one model, warm it up, time its steps."""
     cuda = args.device == "cuda"
@@ -116,16 +142,12 @@ def measure(name: str, config: ModelConfig, cfg: PretrainConfig, args) -> dict:
     data = torch.randint(config.vocab_size, size, generator=generator).to(args.device)
     model, step = MODELS[name](config, cfg, data, args)
     first = clock(lambda: step().item(), args.device, 1)
-    losses = [step()]
-
-    def work() -> None:
-        losses.append(step())
-        losses.pop(0).item()
-
+    work = read_late(step, args.device)
     clock(work, args.device, args.warmup)
     if cuda:
         torch.cuda.reset_peak_memory_stats()
     seconds = clock(work, args.device, args.repeats)
+    waiting = clock(lambda: step().item(), args.device, args.repeats)
     peak = torch.cuda.max_memory_allocated() - before if cuda else 0
     if args.profile:
         show_profile(work, name)
@@ -135,8 +157,9 @@ def measure(name: str, config: ModelConfig, cfg: PretrainConfig, args) -> dict:
     counted = sum(size for name, size in sizes.items() if "wpe" not in name)
     rate, top = cfg.batch_size * cfg.context_len / seconds, peak_flops(args.device, torch.bfloat16)
     row = {
-        "params": sum(sizes.values()), "tok_s": rate, "ms": 1e3 * seconds, "peak_bytes": peak,
-        "first_step_s": first, "loss": step().item(),
+        "params": sum(sizes.values()), "tok_s": rate, "ms": 1e3 * seconds,
+        "waiting_ms": 1e3 * waiting, "peak_bytes": peak, "first_step_s": first,
+        "loss": step().item(),
     }  # fmt: skip
     # Attention has the same shape in all of them, so our config describes everyone's.
     for formula, n in (("palm", matmuls), ("nanogpt", counted)):
@@ -178,19 +201,23 @@ def run(args) -> dict:
 
 
 def show(results: dict) -> None:
-    """A row for each model; the last column is tokens/s over the peer's."""
+    """A row for each model; the last columns are tokens/s over the peer's: read late as ours, and
+    over the peer as it ships."""
     print(json.dumps(results["about"]))
-    rates = {row["model"]: row["tok_s"] for row in results["rows"]}  # a peer has one setting
+    times = {row["model"]: row for row in results["rows"]}  # a peer has one setting
     table = []
     for row in results["rows"]:
         line = {"setting": row["setting"], "model": row["model"]}
         line |= {"parameters": f"{row['params']:,}", "tok/s": f"{row['tok_s']:,.0f}"}
-        line |= {"ms": f"{row['ms']:.2f}", "peak GiB": f"{row['peak_bytes'] / 2**30:.2f}"}
+        line |= {"ms": f"{row['ms']:.2f}", "ms, waiting": f"{row['waiting_ms']:.2f}"}
+        line["peak GiB"] = f"{row['peak_bytes'] / 2**30:.2f}"
         for name in ("palm", "nanogpt"):
             share = row[f"mfu_{name}"]
             line[f"MFU {name}"] = f"{100 * share:.1f}%" if share else "-"
-        peer = rates.get(row["peer"])
-        table.append(line | {"of peer": f"{row['tok_s'] / peer:.3f}" if peer else "-"})
+        peer = times.get(row["peer"])
+        for name, key in (("of peer", "ms"), ("of peer, waiting", "waiting_ms")):
+            line[name] = f"{peer[key] / row['ms']:.3f}" if peer else "-"
+        table.append(line)
     console_table("one pretraining step", table, width=150)
 
 
