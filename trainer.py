@@ -391,7 +391,7 @@ def train_stage(
     log = StepLog(run, plan, timer, flop_rates(run, plan, student, teacher))
     profiler = open_profiler(run) if cfg.profile else nullcontext()
     try:
-        with quiet_gc(), profiler as prof:
+        with quiet_gc(), profiler as step_done:
             for step in range(start, plan.steps):
                 if step % GC_EVERY == 0:
                     gc.collect(1)
@@ -402,8 +402,8 @@ def train_stage(
                 last = step + 1 == plan.steps
                 if (step + 1) % cfg.log_every == 0 or last:
                     log.take(values)
-                if prof is not None:
-                    prof.step()
+                if step_done is not None:
+                    step_done()
                 due = cfg.eval_every and (step + 1) % cfg.eval_every == 0
                 if evaluate and due and not last:
                     log.flush()
@@ -457,7 +457,8 @@ def one_step(run: Run, plan: StagePlan, step: int, objective, optimizer, loader)
 
 @contextmanager
 def open_profiler(run: Run):
-    """torch.profiler over steps 3 to 5 of each stage; a Chrome trace lands in the run's folder."""
+    """torch.profiler over steps 3 to 5 of each stage; a Chrome trace lands in the run's folder.
+    Gives what is to be called after every step."""
     from torch.profiler import profile, schedule
 
     def save(prof) -> None:
@@ -466,7 +467,13 @@ def open_profiler(run: Run):
 
     steps = schedule(wait=1, warmup=1, active=3, repeat=1)
     with profile(schedule=steps, on_trace_ready=save) as prof:
-        yield prof
+
+        def step_done() -> None:
+            if run.world.device.type == "cuda" and prof.step_num == 1:
+                torch.cuda.synchronize()  # or the trace would begin with kernels of step 2
+            prof.step()
+
+        yield step_done
 
 
 def finish(run: Run) -> None:

@@ -61,6 +61,8 @@ def show_profile(work: Callable, what: str) -> None:
         with profile(schedule=steps, on_trace_ready=save) as prof:
             for _ in range(3):
                 work()
+                if torch.cuda.is_available():
+                    torch.cuda.synchronize()  # or the window would begin with the warm-up's work
                 prof.step()
         found = summarise(read_events(path))
     print(f"profile of {what}")

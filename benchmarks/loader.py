@@ -4,13 +4,14 @@ r"""What the data loader and document masks cost: milliseconds of one pretrainin
     python benchmarks/loader.py --read loader.json
     python benchmarks/loader.py --device cpu --shape tiny --seq_len 128 --batch 4 --repeats 3
 
-The same model takes the same number of tokens three ways: `constant`, one unpacked batch that is on
-the device already; `rows`, from shards through `PackedLoader` with doc_mask=False, which runs the
-same compiled code; `documents`, with doc_mask=True. The loader costs rows / constant - 1, and the
-masks documents / rows - 1, which falls below 0 where shorter attention saves more than packing
-costs. Shards are temporary: documents of random tokens with Zipf-like frequencies, lengths
-log-normal with a median of 400. The ways take turns, `--steps` consecutive steps each, so that
-prefetching works as in a run and a drift of the clock hits all three; medians over the turns.
+The same model takes the same number of tokens three ways: `on device`, unpacked batches that are
+there already, each taken once; `rows`, from shards through `PackedLoader` with doc_mask=False,
+which runs the same compiled code; `documents`, with doc_mask=True. The loader costs rows / on
+device - 1, and the masks documents / rows - 1, which falls below 0 where shorter attention saves
+more than packing costs. Shards are temporary: documents of random tokens with Zipf-like
+frequencies, lengths log-normal with a median of 400. The ways take turns, `--steps` consecutive
+steps each, so that prefetching works as in a run and a drift of the clock hits all three; medians
+over the turns.
 """
 
 from __future__ import annotations
@@ -48,16 +49,21 @@ class OnDevice(Batch):
         return self
 
 
-class ConstantLoader:
-    """Gives the same unpacked micro-batch at every step. x, y [B, T]: inputs and labels."""
+class DeviceLoader:
+    """Gives unpacked micro-batches in turn, one a step. pairs of [B, T]: inputs and labels. With a
+    single one the model would learn it by heart, and numbers near 0 let a GPU clock higher."""
 
-    def __init__(self, x: Tensor, y: Tensor):
-        rows, seq_len = x.shape
-        positions = torch.arange(seq_len, device=x.device).expand_as(x)
-        self.batch = OnDevice(x, y, positions, None, seq_len, y.numel(), list(range(rows)))
+    def __init__(self, pairs: list[tuple[Tensor, Tensor]]):
+        batches = []
+        for x, y in pairs:
+            rows, seq_len = x.shape
+            positions = torch.arange(seq_len, device=x.device).expand_as(x)
+            one = OnDevice(x, y, positions, None, seq_len, y.numel(), list(range(rows)))
+            batches.append([one])
+        self.batches = itertools.cycle(batches)
 
     def next_step(self) -> list[Batch]:
-        return [self.batch]
+        return next(self.batches)
 
 
 def pretraining(config: ModelConfig, cfg: PretrainConfig, args) -> tuple[Transformer, Callable]:
@@ -112,9 +118,11 @@ def measure(args) -> dict:
             PackedLoader(data, seq_len=args.seq_len, rows_per_step=args.batch,
                          micro_batch=args.batch, doc_mask=mask) for mask in (False, True)
         )  # fmt: skip
-        first = rows.next_step()[0].to(args.device)
-        constant = ConstantLoader(first.input_ids, first.labels)
-        loaders = {"constant": constant, "rows": rows, "documents": documents}
+        pairs = []
+        for _ in range(args.warmup + args.steps * args.repeats):
+            batch = rows.next_step()[0].to(args.device)
+            pairs.append((batch.input_ids, batch.labels))
+        loaders = {"on device": DeviceLoader(pairs), "rows": rows, "documents": documents}
         for loader in loaders.values():
             for _ in range(args.warmup):
                 step(loader).item()

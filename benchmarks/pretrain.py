@@ -30,7 +30,7 @@ from torch import Tensor, nn
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.common import about, clock, show_profile
-from benchmarks.loader import ConstantLoader, pretraining
+from benchmarks.loader import DeviceLoader, pretraining
 from config import ModelConfig, PretrainConfig, UserError
 from flops import matmul_params, mfu, model_flops_per_token, peak_flops
 from metrics import console_table
@@ -53,7 +53,7 @@ NEEDED = {"nanogpt": "model.py", "nanochat": "nanochat/gpt.py"}  # a file of eac
 def ours(config: ModelConfig, cfg: PretrainConfig, data: Tensor, args) -> tuple:
     """This repository's, as train.py makes it."""
     model, step = pretraining(config, cfg, args)
-    loader = ConstantLoader(*data)
+    loader = DeviceLoader([tuple(data)])
     return model, lambda: step(loader)
 
 
