@@ -1,17 +1,27 @@
-"""Held-out perplexity of student and teacher side by side, KL, top-1 agreement, samples.
+r"""A model beside its teacher: perplexity and bits per byte by domain, KL, top-1 agreement, answers
+it has to generate (recall.py), and the fixed prompts completed by both (prompts.py).
 
     python evaluate.py runs/demo/model --teacher models/smollm2-135m --eval_tokens 4096
+    python evaluate.py runs/demo/model --teacher models/smollm2-135m --out runs/demo \
+        --data prose=data/prose,code=data/code --recall_tasks passkey,key_value,mqar,copy
 
+--out FOLDER gets eval.json, which scripts/report.py shows, and eval.md to read.
 Check: `pytest tests/test_evaluate.py`.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
+import json
 import math
+import re
+import shlex
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from functools import partial
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -19,18 +29,18 @@ from torch import Tensor
 from config import UserError
 from data import Batch, TokenDataset, eval_batches
 from distributed import World, all_sum
-from generate import generate
+from generate import Decoder, for_decoding, generate, generate_batch
 from hybrid_layers import resolve_kernels, use_kernels
 from layers import sdpa_priority
 from losses import ce_head, kd_head
+from metrics import console_table, git_commit
 from model import Transformer
+from prompts import IN_RUN, PROMPTS
+from recall import TASKS, Question, answer_all, questions, rates
 from tokenizer import load_tokenizer
 
-PROMPTS = (
-    "The capital of France is",
-    "To open a file for reading in Python, call",
-    "def factorial(n):\n",
-)
+# A decoded token's logits may differ from a forward's by so much of their RMS.
+DECODING_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 5e-2}
 
 
 class Evaluator:
@@ -151,13 +161,14 @@ def zeroed_attention(model: Transformer, layers: list[int]):
 
 
 def completions(
-    model: Transformer, tokenizer, tokens: int, amp=nullcontext, temperature: float = 0.0
-) -> list[str]:
-    """Completions of PROMPTS: greedy at temperature 0, else drawn with a fixed seed."""
+    model: Transformer, tokenizer, tokens: int, amp=nullcontext, temperature: float = 0.0,
+    prompts: Sequence[str] = PROMPTS[:IN_RUN],
+) -> list[str]:  # fmt: skip
+    """Completions of prompts: greedy at temperature 0, else drawn with a fixed seed."""
     texts = []
     device = model.embed_tokens.weight.device
     with amp():
-        for prompt in PROMPTS:
+        for prompt in prompts:
             new = generate(
                 model, tokenizer.encode(prompt), tokens, temperature=temperature,
                 eos=tokenizer.eos_token_id, generator=torch.Generator(device).manual_seed(0),
@@ -166,37 +177,229 @@ def completions(
     return texts
 
 
-def main(argv: list[str] | None = None) -> None:
+@torch.no_grad()
+def check_decoding(model: Transformer, prompt: list[int], amp=nullcontext, tokens: int = 8) -> None:
+    """Decode with the cache and compare with one forward over everything; RuntimeError if they
+    differ: whatever is generated then tells of the cache and not of the model."""
+    with amp():
+        decoder = Decoder(model)
+        found = [decoder.prefill([prompt])]
+        ids = list(prompt)
+        for _ in range(tokens):
+            ids.append(int(found[-1].argmax()))
+            found.append(decoder.step(found[-1].argmax(-1)))
+        device = found[0].device
+        with torch.compiler.set_stance("force_eager"):
+            hidden = model(torch.tensor([ids], device=device))[0, len(prompt) - 1 :]
+        wanted = decoder.head(hidden)
+    dtype = torch.bfloat16 if hidden.dtype == torch.bfloat16 else torch.float32
+    for i, (a, b) in enumerate(zip(torch.cat(found), wanted, strict=True)):
+        error = ((a - b).norm() / b.norm()).item()
+        if not error <= DECODING_TOLERANCE[dtype]:
+            raise RuntimeError(
+                f"decoding with a cache differs from a forward without one: token {i} after a "
+                f"prompt of {len(prompt)}, logits off by {error:.2g} of their RMS, at most "
+                f"{DECODING_TOLERANCE[dtype]} expected"
+            )
+
+
+def ask(
+    model: Transformer, asked: list[Question], tokenizer, amp=nullcontext, batch_tokens: int = 0
+) -> list[bool]:
+    """Which of the questions the model answers right (`recall.answer_all`)."""
+    device = model.embed_tokens.weight.device
+    check_decoding(model, min((q.prompt for q in asked), key=len), amp)
+
+    def complete(prompts: list[list[int]], most: int) -> list[list[int]]:
+        with amp():
+            return generate_batch(
+                model, prompts, most, eos=tokenizer.eos_token_id, graph=device.type == "cuda"
+            )
+
+    batch_tokens = batch_tokens or (65_536 if device.type == "cuda" else 4096)
+    return answer_all(asked, tokenizer, complete, batch_tokens=batch_tokens)
+
+
+def label_bytes(batches: list[Batch], tokenizer) -> int:
+    """UTF-8 bytes of the labels that count. Exact but for characters that a row's end cuts."""
+    total = 0
+    for batch in batches:
+        for row in batch.labels.reshape(-1, batch.max_seqlen).tolist():
+            for known, some in itertools.groupby(row, lambda label: label >= 0):
+                if known:
+                    total += len(tokenizer.decode(list(some)).encode())
+    return total
+
+
+def parse_domains(spec: str) -> dict[str, str]:
+    """`prose=data/prose,code=data/code` -> name: data set; one without a name is its own."""
+    domains = {}
+    for part in spec.split(","):
+        name, named, data = part.partition("=")
+        name, data = (name, data) if named else (Path(part).name, part)
+        if not name or not data or name in domains:
+            raise UserError(f"--data: '{part}' found, one data set, or NAME=DATA,... expected")
+        domains[name] = data
+    return domains
+
+
+def score_domains(model, teacher, tokenizer, args, amp=nullcontext) -> dict[str, dict]:
+    """Domain -> tokens, bytes, student and teacher (ppl, bits_per_byte), ratio, kl, top1."""
     from corpus import resolve_data
+
+    found = {}
+    for name, spec in parse_domains(args.data).items():
+        data = TokenDataset.open(resolve_data(spec, tokenizer), "val")
+        batches = eval_batches(
+            data, seq_len=args.seq_len, max_tokens=args.eval_tokens,
+            micro_batch=eval_rows(args.seq_len, torch.device(args.device)),
+        )  # fmt: skip
+        scores = Evaluator(batches, teacher, amp=amp)(model)
+        tokens, size = sum(b.num_valid for b in batches), label_bytes(batches, tokenizer)
+        bits = tokens / (size * math.log(2))  # nats per token -> bits per byte
+        row = {"tokens": tokens, "bytes": size}
+        row["student"] = {"ppl": scores["ppl"], "bits_per_byte": scores["ce"] * bits}
+        if teacher is not None:
+            teacher_ce = math.log(scores["teacher_ppl"])
+            row["teacher"] = {"ppl": scores["teacher_ppl"], "bits_per_byte": teacher_ce * bits}
+            row |= {key: scores[key] for key in ("ratio", "kl", "top1")}
+        found[name] = row
+    return found
+
+
+def domain_rows(domains: dict[str, dict]) -> list[dict]:
+    """As a table."""
+    table = []
+    for name, row in domains.items():
+        line = {"domain": name, "tokens": row["tokens"]}
+        for who in ("student", "teacher"):
+            if who in row:
+                of = f"{who} " if "teacher" in row else ""
+                line |= {f"{of}ppl": round(row[who]["ppl"], 3)}
+                line |= {f"{of}bits/byte": round(row[who]["bits_per_byte"], 4)}
+        line |= {key: round(row[key], 4) for key in ("ratio", "kl", "top1") if key in row}
+        table.append(line)
+    return table
+
+
+def markdown(result: dict) -> str:
+    """eval.md."""
+
+    def table(rows: list[dict]) -> str:
+        names = list(rows[0])
+        lines = [names, ["---"] * len(names), *([row.get(n, "") for n in names] for row in rows)]
+        return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
+
+    def quoted(text: str) -> str:
+        fence = "`" * max(3, 1 + max(map(len, re.findall("`+", text)), default=0))
+        return f"{fence}\n{text}\n{fence}"
+
+    parts = [
+        f"# {result['model']}",
+        f"Teacher: {result['teacher'] or 'none'}. `{result['command']}`",
+    ]
+    parts.append(table(domain_rows(result["domains"])))
+    if result["recall"]:
+        parts += ["## Generated answers, share that is right", table(result["recall"])]
+    if result["samples"]:
+        parts.append("## Completions")
+        for sample in result["samples"]:
+            parts.append("**Prompt**\n\n" + quoted(sample["prompt"]))
+            for who in ("teacher", "student"):
+                if who in sample:
+                    parts.append(f"{who}:\n\n" + quoted(sample[who]))
+    return "\n\n".join(parts) + "\n"
+
+
+def evaluate(args) -> dict:
+    """What eval.json holds."""
     from hf import load_model, tokenizer_spec
 
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    tokenizer = load_tokenizer(tokenizer_spec(args.model))
+    asked = []
+    if args.recall_tasks:
+        asked = questions(
+            tokenizer, tasks=args.recall_tasks.split(","), lengths=args.recall_lengths,
+            depths=args.recall_depths, samples=args.recall_samples,
+        )  # fmt: skip
+    device = torch.device(args.device)
+    kind = args.dtype
+    if kind == "auto":
+        kind = "bfloat16" if device.type == "cuda" else "float32"
+    amp = partial(torch.autocast, device.type, torch.bfloat16, enabled=kind == "bfloat16")
+    models = {}
+    for who, folder in (("student", args.model), ("teacher", args.teacher)):
+        if not folder:
+            continue
+        models[who] = load_model(folder, device=args.device, dtype=torch.float32)
+        if device.type == "cuda":
+            kernels = resolve_kernels(models[who].config, "auto", device, kind)
+            print(use_kernels(models[who], kernels, device), file=sys.stderr)
+            if kind == "bfloat16":
+                for_decoding(models[who])
+    result = {
+        "model": args.model, "teacher": args.teacher or None, "device": args.device, "dtype": kind,
+        "commit": git_commit(), "command": "python evaluate.py " + shlex.join(args.argv),
+        "domains": score_domains(models["student"], models.get("teacher"), tokenizer, args, amp),
+        "recall": [], "samples": [],
+    }  # fmt: skip
+    if asked:
+        right = {who: ask(model, asked, tokenizer, amp) for who, model in models.items()}
+        result["recall"] = rates(asked, right)
+    if args.sample_tokens:
+        texts = {
+            who: completions(model, tokenizer, args.sample_tokens, amp, prompts=PROMPTS)
+            for who, model in models.items()
+        }
+        result["samples"] = [
+            {"prompt": prompt} | {who: found[i] for who, found in texts.items()}
+            for i, prompt in enumerate(PROMPTS)
+        ]
+    return result
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", help="model folder")
     parser.add_argument("--teacher", default="", help="folder to compare with; empty = none")
-    parser.add_argument("--data", default="stdlib", help="as in train_kd.py; its held-out split")
+    parser.add_argument(
+        "--data", default="stdlib",
+        help="data set as in train_kd.py, or several by name: NAME=DATA,...; their held-out splits",
+    )  # fmt: skip
     parser.add_argument("--seq_len", type=int, default=512, help="tokens per row")
-    parser.add_argument("--eval_tokens", type=int, default=16384, help="held-out tokens")
+    parser.add_argument("--eval_tokens", type=int, default=16384, help="held-out tokens a domain")
+    parser.add_argument(
+        "--recall_tasks", default="", help=f"some of {','.join(TASKS)}; empty = none"
+    )
+    parser.add_argument("--recall_lengths", type=int, nargs="+", default=[512, 1024, 2048])
+    depths = [0.0, 0.25, 0.5, 0.75, 1.0]
+    parser.add_argument("--recall_depths", type=float, nargs="+", default=depths)
+    parser.add_argument("--recall_samples", type=int, default=8, help="of each length and depth")
+    parser.add_argument("--sample_tokens", type=int, default=0, help="of completions; 0 = none")
+    parser.add_argument("--out", default="", help="folder for eval.json and eval.md; empty = none")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16"))
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    add_flags(parser)
     args = parser.parse_args(argv)
+    args.argv = sys.argv[1:] if argv is None else argv
     try:
-        tokenizer = load_tokenizer(tokenizer_spec(args.model))
-        model = load_model(args.model, device=args.device, dtype=torch.float32)
-        teacher = None
-        if args.teacher:
-            teacher = load_model(args.teacher, device=args.device, dtype=torch.float32)
-        device = torch.device(args.device)
-        for each in (model, teacher):
-            if each is not None and device.type == "cuda":
-                kernels = resolve_kernels(each.config, "auto", device, "float32")
-                print(use_kernels(each, kernels, device), file=sys.stderr)
-        data = TokenDataset.open(resolve_data(args.data, tokenizer), "val")
-        batches = eval_batches(data, seq_len=args.seq_len, max_tokens=args.eval_tokens)
-        scores = Evaluator(batches, teacher)(model)
-        for name, value in scores.items():
-            print(f"{name:>12} {value:.4f}")
+        if args.out and not Path(args.out).is_dir():
+            raise UserError(f"--out: no folder {args.out}")
+        result = evaluate(args)
     except UserError as e:
         print(f"error: {e}", file=sys.stderr)
         raise SystemExit(2) from None
+    console_table("held-out documents", domain_rows(result["domains"]))
+    if result["recall"]:
+        console_table("generated answers, share that is right", result["recall"])
+    if args.out:
+        folder = Path(args.out)
+        (folder / "eval.json").write_text(json.dumps(result, indent=1) + "\n")
+        (folder / "eval.md").write_text(markdown(result), encoding="utf-8")
+        print(f"-> {folder / 'eval.json'}, {folder / 'eval.md'}")
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -173,6 +174,19 @@ def _duration(seconds: float) -> str:
 
 
 # Log files and trackers
+
+
+def git_commit() -> str | None:
+    """The checkout's commit, with -dirty for local changes; None outside git."""
+    root = Path(__file__).parent
+    try:
+        out = subprocess.run(
+            ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=12"],
+            capture_output=True, text=True, timeout=10, check=False,
+        )  # fmt: skip
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return out.stdout.strip() or None
 
 
 def console_table(title: str, rows: list[dict], width: int = 120) -> None:

@@ -14,11 +14,12 @@ from cli import run_main
 from config import ModelConfig, PretrainConfig, UserError, parse_layers
 from data import eval_batches
 from distributed import compile_blocks, main_first, start, stop, this_process
-from evaluate import PROMPTS, Evaluator, completions, eval_rows
+from evaluate import Evaluator, completions, eval_rows
 from hf import save_model
 from hybrid_layers import convert_config, resolve_kernels, use_kernels
 from model import Transformer
 from objectives import HeadObjective
+from prompts import IN_RUN, PROMPTS
 from recompute import set_recompute
 from tokenizer import load_tokenizer
 from trainer import (
@@ -132,7 +133,7 @@ def pretrain(cfg: PretrainConfig, argv: list[str]) -> None:
     )
     if world.is_main and cfg.sample_tokens:
         texts = completions(model, tokenizer, cfg.sample_tokens, run.amp, cfg.sample_temperature)
-        for prompt, text in zip(PROMPTS, texts, strict=True):
+        for prompt, text in zip(PROMPTS[:IN_RUN], texts, strict=True):
             say(f"sample: {prompt!r} -> {text!r}")
     if world.is_main and cfg.save_model:
         kind = save_model(model, run.folder / "model", tokenizer_from=spec)

@@ -30,7 +30,7 @@ from distributed import (
     stop,
     this_process,
 )
-from evaluate import PROMPTS, Evaluator, completions, eval_rows, inputs, zeroed_attention
+from evaluate import Evaluator, completions, eval_rows, inputs, zeroed_attention
 from hf import DTYPES, fingerprint, load_model, read_config, save_model, tokenizer_spec
 from hybrid_layers import (
     cast_trunk,
@@ -45,6 +45,7 @@ from layers import attention_kernel
 from model import Transformer
 from objectives import AlignObjective, HeadObjective
 from ops.float8_linear import float8_copy, supports_float8
+from prompts import IN_RUN, PROMPTS
 from recompute import set_recompute
 from tokenizer import load_tokenizer
 from trainer import (
@@ -229,7 +230,7 @@ class Samples:
             return []
         how = (self.tokenizer, cfg.sample_tokens, self.run.amp, cfg.sample_temperature)
         self.theirs = self.theirs or completions(self.teacher, *how)
-        texts = zip(PROMPTS, self.theirs, completions(student, *how), strict=True)
+        texts = zip(PROMPTS[:IN_RUN], self.theirs, completions(student, *how), strict=True)
         rows = [{"prompt": p, "teacher": t, "student": s} for p, t, s in texts]
         with open(self.run.folder / "samples.jsonl", "a") as f:
             f.write(json.dumps({"step": self.run.step, "samples": rows}) + "\n")

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import gc
 import shlex
-import subprocess
 import time
 from collections.abc import Callable
 from contextlib import contextmanager, nullcontext
@@ -31,7 +30,7 @@ from distributed import World, all_sum, barrier, main_says
 from flops import kept_bytes
 from hybrid_layers import MIXERS
 from layers import ShortConvolution, sdpa_priority
-from metrics import MetricsLogger, StepTimer
+from metrics import MetricsLogger, StepTimer, git_commit
 from model import Transformer
 from ops import warm
 from ops.kernels import PACKAGES
@@ -223,19 +222,6 @@ def _before(stage: str) -> list[str]:
 def _short(value) -> str:
     text = str(value)
     return text if len(text) <= 60 else text[:57] + "..."
-
-
-def git_commit() -> str | None:
-    """The checkout's commit, with -dirty for local changes; None outside git."""
-    root = Path(__file__).parent
-    try:
-        out = subprocess.run(
-            ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=12"],
-            capture_output=True, text=True, timeout=10, check=False,
-        )  # fmt: skip
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return out.stdout.strip() or None
 
 
 # ---- one stage

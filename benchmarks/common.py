@@ -15,8 +15,8 @@ from torch.profiler import profile, schedule
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from metrics import git_commit
 from scripts.profile_table import read_events, show, summarise
-from trainer import git_commit
 
 
 def clock(work: Callable, device: str, repeats: int) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from types import SimpleNamespace
 
@@ -11,11 +12,14 @@ import torch.nn.functional as F
 from kit import random_ids, tiny_model
 
 import evaluate as script
+from cache import LayerCache
 from config import UserError
 from data import IGNORE, TokenDataset, eval_batches
-from evaluate import PROMPTS, Evaluator, completions, inputs, zeroed_attention
+from evaluate import Evaluator, completions, inputs, zeroed_attention
 from hf import save_model
 from hybrid_layers import convert_layers
+from prompts import IN_RUN, PROMPTS
+from recall import Question
 from shards import ShardWriter
 from tokenizer import load_tokenizer
 
@@ -186,20 +190,139 @@ def test_completions_are_greedy_texts():
     tokenizer = SimpleNamespace(
         encode=load_tokenizer("byte").encode, decode=decode, eos_token_id=None
     )
-    assert completions(model, tokenizer, 7) == ["7"] * len(PROMPTS)
+    assert completions(model, tokenizer, 7) == ["7"] * IN_RUN
     assert completions(model, tokenizer, 7) and given[:3] == given[3:]
 
 
-def test_command(tmp_path, tiny_data, pair, capsys):
+@pytest.fixture(scope="module")
+def text_shards(tmp_path_factory):
+    """Two domains of byte-level text."""
+    folders = {}
+    for name, text in (("prose", "the naïve café "), ("code", "def f(x): return x\n")):
+        folders[name] = tmp_path_factory.mktemp(name)
+        for split in ("train", "val"):
+            with ShardWriter(folders[name], split, load_tokenizer("byte")) as writer:
+                for i in range(6):
+                    writer.add(load_tokenizer("byte").encode(text * (5 + i)))
+    return folders
+
+
+def test_bits_per_byte_of_a_uniform_model(text_shards):
+    """log2 of the vocabulary per byte, whatever the text."""
+    uniform = Oracle(torch.arange(257))
+    uniform.head_weight = torch.zeros(257, 257)
+    args = SimpleNamespace(
+        data=",".join(f"{n}={f}" for n, f in text_shards.items()), seq_len=64, eval_tokens=256,
+        device="cpu",
+    )  # fmt: skip
+    found = script.score_domains(uniform, None, load_tokenizer("byte"), args)
+    assert list(found) == ["prose", "code"]
+    for row in found.values():
+        assert row["student"]["ppl"] == pytest.approx(257, rel=1e-5)
+        # An end of text and a cut character count as their text, so bytes are not quite tokens.
+        bits = math.log2(257) * row["tokens"] / row["bytes"]
+        assert row["student"]["bits_per_byte"] == pytest.approx(bits, rel=1e-5)
+        assert row["bytes"] == pytest.approx(row["tokens"], rel=0.2)
+        assert "teacher" not in row
+
+
+def test_label_bytes_are_those_of_the_text(text_shards):
+    tokenizer = load_tokenizer("byte")
+    data = TokenDataset.open(text_shards["code"], "val")
+    for doc_mask in (True, False):
+        batches = eval_batches(
+            data, seq_len=48, max_tokens=288, doc_mask=doc_mask, micro_batch=2
+        )  # fmt: skip
+        labels = torch.cat([b.labels.flatten() for b in batches])
+        text = sum(1 for i in labels.tolist() if 0 <= i < 256)
+        ends = sum(len("<|endoftext|>") for i in labels.tolist() if i == 256)
+        assert script.label_bytes(batches, tokenizer) == text + ends
+
+
+def test_domains_by_name():
+    assert script.parse_domains("a=x/y,b=z") == {"a": "x/y", "b": "z"}
+    assert script.parse_domains("data/prose") == {"prose": "data/prose"}
+    for wrong in ("a=x,a=y", "=x", "a=", "a=x,"):
+        with pytest.raises(UserError, match="--data"):
+            script.parse_domains(wrong)
+
+
+def test_decoding_is_checked(monkeypatch):
+    """A cache that forgets what it held is an error and no low score."""
+    model = tiny_model("LF", dtype=torch.float32, **SHAPE)
+    prompt = random_ids(model, 40).tolist()
+    script.check_decoding(model, prompt)
+    store = LayerCache.store
+
+    def forget(self, conv, state):
+        store(self, conv, torch.zeros_like(state))
+
+    monkeypatch.setattr(LayerCache, "store", forget)
+    with pytest.raises(RuntimeError, match="decoding with a cache differs"):
+        script.check_decoding(model, prompt)
+
+
+def test_questions_are_asked_of_the_model():
+    """A model that says 5 after anything, and one that says 6."""
+    tokenizer = load_tokenizer("byte")
+    asked = [
+        Question("passkey", 64, 0.0, tokenizer.encode("What is it? "), "55555"),
+        Question("passkey", 64, 0.0, tokenizer.encode("And what is it now, then? "), "66666"),
+    ]
+    for digit, expected in (("5", [True, False]), ("6", [False, True])):
+        model = tiny_model("LF", dtype=torch.float32, **{**SHAPE, "tie_word_embeddings": False})
+        with torch.no_grad():
+            model.lm_head.weight.zero_()
+            model.norm.weight.zero_()
+            model.lm_head.weight[ord(digit)] = 1.0
+            for p in model.layers.parameters():
+                p.zero_()
+            model.embed_tokens.weight.fill_(1.0)
+            model.norm.weight.fill_(1.0)
+        # Only five may be generated, or a sixth digit would make it another number.
+        answer = script.ask(model, asked, SimpleNamespace(
+            encode=lambda text: tokenizer.encode(text)[:3], decode=tokenizer.decode,
+            eos_token_id=None,
+        ))  # fmt: skip
+        assert answer == expected
+
+
+def test_command(tmp_path, text_shards, pair, capsys):
     for name, model in zip(("teacher", "student"), pair, strict=True):
         save_model(model, tmp_path / name, tokenizer_from="byte")
-    argv = [str(tmp_path / "student"), "--data", tiny_data, "--seq_len", "33", "--device", "cpu"]
-    script.main([*argv, "--teacher", str(tmp_path / "teacher"), "--eval_tokens", "264"])
-    printed = dict(line.split() for line in capsys.readouterr().out.splitlines())
-    assert printed.keys() == {"ce", "ppl", "teacher_ppl", "ratio", "kl", "top1"}
-    assert float(printed["ppl"]) == pytest.approx(math.exp(float(printed["ce"])), rel=1e-2)
-    with pytest.raises(SystemExit) as stop:
-        script.main([*argv, "--teacher", str(tmp_path / "nowhere")])
-    err = capsys.readouterr().err
-    assert stop.value.code == 2
-    assert err.startswith("error: ") and err.count("\n") == 1
+    domains = ",".join(f"{n}={f}" for n, f in text_shards.items())
+    argv = [str(tmp_path / "student"), "--data", domains, "--seq_len", "33", "--device", "cpu"]
+    both = [*argv, "--teacher", str(tmp_path / "teacher"), "--eval_tokens", "264"]
+    recall = ["--recall_tasks", "copy,passkey", "--recall_lengths", "500", "--recall_samples", "1"]
+    recall += ["--recall_depths", "0.5"]
+    script.main([*both, *recall, "--sample_tokens", "4", "--out", str(tmp_path)])
+    printed = capsys.readouterr().out
+    found = json.loads((tmp_path / "eval.json").read_text())
+    assert found["domains"].keys() == text_shards.keys()
+    for row in found["domains"].values():
+        assert row["ratio"] == pytest.approx(
+            row["student"]["ppl"] / row["teacher"]["ppl"], rel=1e-4
+        )
+        bits = [
+            math.log(row[who]["ppl"]) / row[who]["bits_per_byte"] for who in ("student", "teacher")
+        ]
+        assert bits[0] == pytest.approx(bits[1], rel=1e-4)
+    assert [(r["task"], r["depth"]) for r in found["recall"]] == [("copy", None), ("passkey", 0.5)]
+    assert all(0 <= r["student"] <= 1 and 0 <= r["teacher"] <= 1 for r in found["recall"])
+    assert [sample["prompt"] for sample in found["samples"]] == list(PROMPTS)
+    report = (tmp_path / "eval.md").read_text()
+    assert "prose" in printed and "| prose |" in report and PROMPTS[-1] in report
+    assert "--sample_tokens 4" in found["command"]
+
+    script.main([*argv, "--eval_tokens", "264"])
+    assert "teacher" not in capsys.readouterr().out
+    for wrong, name in (
+        (["--teacher", str(tmp_path / "nowhere")], "nowhere"),
+        (["--out", str(tmp_path / "nowhere")], "--out"),
+        (["--recall_tasks", "chess"], "--recall_tasks"),
+    ):
+        with pytest.raises(SystemExit) as stop:
+            script.main([*argv, *wrong])
+        err = capsys.readouterr().err
+        assert stop.value.code == 2
+        assert err.startswith("error: ") and err.count("\n") == 1 and name in err
