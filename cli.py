@@ -18,7 +18,7 @@ from pathlib import Path
 
 import yaml
 
-from config import ALIASES, REFUSED, STAGES, DistillConfig, StageConfig, UserError
+from config import ALIASES, REFUSED, STAGES, DistillConfig, UserError
 
 
 def _coerce(flag: str, text, annotation, meta):
@@ -57,17 +57,17 @@ def _coerce(flag: str, text, annotation, meta):
 
 
 def _slots(cls) -> dict[str, tuple]:
-    """flag -> (stage or None, field, annotation) for every setting of a config class."""
+    """flag -> (group or None, field, annotation) for every setting of a config class."""
     hints = typing.get_type_hints(cls)
     slots = {}
     for f in dataclasses.fields(cls):
-        stage = f.metadata.get("stage")
-        if stage is None:
+        group = f.metadata.get("group")
+        if group is None:
             slots[f.name] = (None, f, hints[f.name])
             continue
-        inner = typing.get_type_hints(StageConfig)
-        for g in dataclasses.fields(StageConfig):
-            slots[f"{stage}_{g.name}"] = (stage, g, inner[g.name])
+        inner = typing.get_type_hints(hints[f.name])
+        for g in dataclasses.fields(hints[f.name]):
+            slots[f"{group}_{g.name}"] = (group, g, inner[g.name])
     return slots
 
 
@@ -82,13 +82,13 @@ def _set_all(cfg, values: dict, origin: str) -> None:
             near = difflib.get_close_matches(flag, list(slots), 1)
             hint = f"; did you mean --{near[0]}?" if near else "; --help lists every flag"
             raise UserError(f"{origin}{flag}: unknown (value '{text}'){hint}")
-        stage, f, annotation = slots[flag]
-        target = getattr(cfg, stage) if stage else cfg
+        group, f, annotation = slots[flag]
+        target = getattr(cfg, group) if group else cfg
         setattr(target, f.name, _coerce(flag, text, annotation, f.metadata))
 
 
 def read_yaml(path: str | Path) -> dict[str, str]:
-    """A preset as flat flag -> text. Stage settings may be nested (`align: {lr: 1e-3}`)."""
+    """A preset as flat flag -> text. Settings of a group may be nested (`align: {lr: 1e-3}`)."""
     path = Path(path)
     if not path.is_file():
         have = ", ".join(sorted(str(p) for p in Path("configs").glob("*.yaml")))
@@ -138,10 +138,10 @@ def help_text(cls, doc: str) -> str:
     """Every flag with its default and one-line comment."""
     lines = [doc.strip(), "", "Flags (flag > YAML preset given by --config > default):", ""]
     slots = _slots(cls)
-    for flag, (stage, f, _) in slots.items():
+    for flag, (group, f, _) in slots.items():
         default = f.default if f.default is not dataclasses.MISSING else ""
-        if stage:
-            default = getattr(getattr(cls(), stage), f.name)
+        if group:
+            default = getattr(getattr(cls(), group), f.name)
         text = f.metadata["help"]
         if f.metadata.get("choices"):
             text += f" [{'|'.join(f.metadata['choices'])}]"

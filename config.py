@@ -189,6 +189,20 @@ class StageConfig(Recipe):
         return min(steps, max_steps) if max_steps else steps
 
 
+@dataclass
+class Transfer:
+    """What a linear layer takes over from the softmax layer it replaces, beside q, k, v and o.
+    Each part can be left out, to see what it is worth; what it sets is random or as given then."""
+
+    conv: bool = opt(True, "short convolutions pass on the present token; off = random")
+    beta: bool = opt(True, "writing strength one half; off = random")
+    decay: bool = opt(False, "decays from the teacher's attention distances; off = spread")
+    gate: bool = opt(True, "output gate fitted to be open; off = random")
+    scale: bool = opt(True, "output scale of every head by least squares; off = 1")
+    kv: str = opt("heads", "how grouped k and v are expanded; rows = wrongly, as some published "
+                  "pipelines do, to see what it costs", choices=("heads", "rows"))  # fmt: skip
+
+
 STAGES = ("align", "distill", "long")
 # The published recipe (arXiv 2512.20569); presets override it.
 _STAGE_DEFAULTS = {
@@ -209,7 +223,7 @@ _STAGE_DEFAULTS = {
 def stage_field(name: str):
     """The nested settings of stage `name` with its own defaults."""
     return field(
-        default_factory=lambda: StageConfig(**_STAGE_DEFAULTS[name]), metadata={"stage": name}
+        default_factory=lambda: StageConfig(**_STAGE_DEFAULTS[name]), metadata={"group": name}
     )
 
 
@@ -304,7 +318,10 @@ class DistillConfig(TrainConfig):
     linear_rope: bool = opt(False, "rotate q and k of linear layers too (native format only)")
     linear_feature_map: str = opt("elu", "of the mixer linear_attention", choices=FEATURE_MAPS)
     linear_window: int = opt(64, "window of hedgehog_window and sliding_window, tokens", low=1)
-    calibrate_tokens: int = opt(2048, "training tokens that set output scales; 0 = off", low=0)
+    calibrate_tokens: int = opt(
+        2048, "training tokens that set decays, gates and output scales; 0 = off", low=0
+    )
+    transfer: Transfer = field(default_factory=Transfer, metadata={"group": "transfer"})
     stages: str = opt("align,distill", "stages to run, in order: align, distill, long")
     share_trunk: str = opt("auto", "one copy of the frozen trunk for teacher and student; "
                            "auto = when only mixers train", choices=("auto", "false"))  # fmt: skip

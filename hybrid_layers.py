@@ -16,7 +16,7 @@ import dataclasses
 import torch
 from torch import Tensor, nn
 
-from config import ModelConfig, UserError
+from config import ModelConfig, Transfer, UserError
 from layers import ShortConvolution
 from mixers.deltanet import DeltaNet
 from mixers.gated_deltanet import GatedDeltaNet
@@ -122,6 +122,7 @@ def convert_layers(
     *,
     mixer: str = "gated_deltanet",
     share_trunk: bool = False,
+    transfer: Transfer | None = None,
     **shape,
 ) -> nn.Module:
     """A student with the teacher's weights whose `layers` are linear, initialised from the
@@ -129,6 +130,7 @@ def convert_layers(
 
     share_trunk: the student's other parameters are the teacher's own tensors, frozen, so that a
     run that trains only mixers holds one copy of the trunk. Otherwise they are float32 copies.
+    transfer: what mixers take over from the softmax layers; None = the defaults.
     shape: linear_rope, linear_feature_map, linear_window, as of `convert_config`.
     """
     config = convert_config(teacher.config, layers, mixer, **shape)
@@ -143,7 +145,7 @@ def convert_layers(
     for i, name in zip(layers, names, strict=True):
         block = student.layers[i]
         mixer = build_mixer(name, config).to(next(teacher.parameters()).device)
-        mixer.from_attention(teacher.layers[i].self_attn)
+        mixer.from_attention(teacher.layers[i].self_attn, transfer)
         del block.self_attn
         block.kind = config.layer_types[i]
         setattr(block, "linear_attn" if block.kind == "linear_attention" else "self_attn", mixer)
@@ -218,11 +220,12 @@ def use_kernels(model: nn.Module, kernels: dict[str, str], device: torch.device)
 
 @torch.no_grad()
 def check_transfer(
-    teacher: nn.Module, student: nn.Module, layers: list[int], input_ids: Tensor
-) -> dict[int, float]:
+    teacher: nn.Module, student: nn.Module, layers: list[int], input_ids: Tensor,
+    most: float = 1e-3,
+) -> dict[int, float]:  # fmt: skip
     """Compare q, k, v of teacher and student per head right after projection, before conv, norm
     and RoPE. Returns layer -> worst relative error; raises RuntimeError when a head is not the
-    teacher's (above 1e-3) or a parameter of the mixer was left unset (not finite).
+    teacher's (above `most`) or a parameter of the mixer was left unset (not finite).
     """
     worst = {}
     for i, normed, _, _ in teacher.attention_taps(input_ids, layers=layers):
@@ -245,10 +248,10 @@ def check_transfer(
                 right, mine = t[:, :, head], s[:, :, head]
                 error = ((mine - right).norm() / right.norm()).item()
                 high = max(high, error)
-                if not error < 1e-3:
+                if not error < most:
                     raise RuntimeError(
                         f"transfer: layer {i}, {what} of head {head}: relative error {error:.3f} "
-                        "to the teacher, below 1e-3 expected"
+                        f"to the teacher, below {most:g} expected"
                     )
         worst[i] = high
     return worst

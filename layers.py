@@ -380,6 +380,32 @@ class Attention(nn.Module):
         q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
         return tuple(t.unflatten(-1, (-1, self.head_dim)) for t in (q, k, v))
 
+    @torch.no_grad()
+    def distances(self, x: Tensor, seq: SeqInfo) -> Tensor:
+        """How far back each head looks [H], in tokens: the e-folding time of the exponential whose
+        median is that of the head's attention over distance. A document's first token, on which
+        heads rest that look at nothing, does not count. x [B, T, d]; no cache."""
+        q, k, _ = self.rotated(x, seq)
+        length, device = x.shape[1], x.device
+        mask = causal_mask(length, length, self.window, device)
+        start = torch.arange(length, device=device) - seq.positions  # [B, T]: of its document
+        mask = mask & (start[:, :, None] == start[:, None, :])
+        back = (seq.positions[:, :, None] - seq.positions[:, None, :]).clamp(min=0)  # [B, T, T]
+        counted = mask & (seq.positions[:, None, :] > 0)
+        found = []
+        for h in range(self.num_heads):
+            key = k[:, :, h * self.num_kv_heads // self.num_heads].float()
+            scores = q[:, :, h].float() @ key.mT * self.head_dim**-0.5
+            weights = scores.masked_fill(~mask, -torch.inf).softmax(-1) * counted
+            shares = torch.zeros(length, device=device)
+            shares.scatter_add_(0, back.flatten(), weights.flatten())
+            total = shares.cumsum(0)
+            half = 0.5 * total[-1]
+            at = (total < half).sum().clamp(max=length - 1)  # where the median lies
+            inside = 1 - (total[at] - half) / shares[at].clamp(min=1e-9)
+            found.append((at + inside) / math.log(2))
+        return torch.stack(found)
+
     def forward(self, x: Tensor, seq: SeqInfo, cache: LayerCache | None = None) -> Tensor:
         q, k, v = self.rotated(x, seq)
         if cache is not None and seq.past is not None:

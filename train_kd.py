@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from pathlib import Path
 
 import torch
@@ -41,7 +42,7 @@ from hybrid_layers import (
     resolve_kernels,
     use_kernels,
 )
-from layers import attention_kernel
+from layers import Attention, attention_kernel
 from model import Transformer
 from objectives import AlignObjective, HeadObjective
 from ops.float8_linear import float8_copy, supports_float8
@@ -151,12 +152,15 @@ def build_models(
     source = teacher
     if not cfg.student:
         student = convert_layers(
-            teacher, layers, mixer=cfg.mixer, share_trunk=shared, **mixer_shape(cfg)
-        )
+            teacher, layers, mixer=cfg.mixer, share_trunk=shared, transfer=cfg.transfer,
+            **mixer_shape(cfg),
+        )  # fmt: skip
     else:
         source = student = load_model(cfg.student, dtype=torch.float32, device=world.device)
         if convert and layers:
-            student = convert_layers(source, layers, mixer=cfg.mixer, **mixer_shape(cfg))
+            student = convert_layers(
+                source, layers, mixer=cfg.mixer, transfer=cfg.transfer, **mixer_shape(cfg)
+            )
     if cfg.trunk_dtype == "bfloat16" and dtype == torch.float32:
         raise UserError("--trunk_dtype: bfloat16 found, float32 expected, as the compute type is")
     if cfg.trunk_dtype != "float32" and not shared:
@@ -168,8 +172,9 @@ def build_models(
 def calibrate(
     run: Run, source: Transformer, student: Transformer, layers: list[int], data: TokenDataset
 ) -> dict[int, float]:
-    """Fit gates and output scales to the layers replaced, on a few training rows; layer ->
+    """Fit decays, gates and output scales to the layers replaced, on a few training rows; layer ->
     relative error afterwards."""
+    parts = run.cfg.transfer
     seq_len = min(512, run.cfg.calibrate_tokens)
     rows = max(1, run.cfg.calibrate_tokens // seq_len)
     loader = PackedLoader(
@@ -180,7 +185,11 @@ def calibrate(
     errors = {}
     with run.amp():
         for i, normed, target, seq in source.attention_taps(**inputs(batch), layers=layers):
-            errors[i] = student.layers[i].attention.calibrate(normed, target, seq)
+            soft, distances = source.layers[i].attention, None
+            if parts.decay and isinstance(soft, Attention):
+                distances = soft.distances(normed, seq)
+            mixer = student.layers[i].attention
+            errors[i] = mixer.calibrate(normed, target, seq, parts, distances)
     return errors
 
 
@@ -272,7 +281,8 @@ def distil(cfg: DistillConfig, argv: list[str]) -> None:
     if layers and convert and fresh:
         ids = train_data.read(0, min(128, train_data.num_tokens))
         ids = torch.from_numpy(ids)[None].to(world.device)
-        worst = check_transfer(source, student, layers, ids)
+        most = 1e-3 if cfg.transfer.kv == "heads" else math.inf
+        worst = check_transfer(source, student, layers, ids, most)
         run.logger.say(
             f"transfer self-test: q, k, v of every head within {max(worst.values()):.1e}"
         )
@@ -356,6 +366,7 @@ def run_identity(cfg, layers, convert, plans: list[StagePlan], data: TokenDatase
         "seed": cfg.seed, "dtype": str(dtype), "trunk_dtype": cfg.trunk_dtype,
         "teacher_float8": cfg.teacher_float8, "doc_mask": cfg.doc_mask,
         "calibrate_tokens": cfg.calibrate_tokens if convert else 0, "stages": stages,
+        "transfer": dataclasses.asdict(cfg.transfer) if convert else {},
     }  # fmt: skip
 
 

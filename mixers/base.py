@@ -19,13 +19,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cache import LayerCache
-from config import ModelConfig, UserError
+from config import ModelConfig, Transfer, UserError
 from layers import RMSNorm, SeqInfo, ShortConvolution, last_tokens
 
 # SiLU(x) is near x / 2 for small x; the L2 norm (q, k) and the RMSNorm (v) take the scale out.
 QK_TAP = 0.03
 V_TAP = 0.05
 DECAY_TOKENS = (4.0, 256.0)  # e-folding times of the first and the last head
+FITTED_TOKENS = (2.0, 512.0)  # the shortest and longest of those taken from a teacher
 
 
 class LinearMixer(nn.Module, ABC):
@@ -178,12 +179,16 @@ class LinearMixer(nn.Module, ABC):
             *(math.log10(t) for t in DECAY_TOKENS), self.num_value_heads, device=device
         )
 
+    def start_decays(self, rates: Tensor) -> None:
+        """Decay by these rates per token [J] at first, where there is a decay to set."""
+
     @torch.no_grad()
-    def from_attention(self, attention: nn.Module) -> None:
+    def from_attention(self, attention: nn.Module, parts: Transfer | None = None) -> None:
         """Take over q, k, v, o of a softmax `model.Attention` with the same query heads and head
         size. KV heads are expanded head by head, q/k-norm weights folded into projection rows
-        (a mixer that `keeps_norms` takes them over itself); the rest is `init_transfer`. What
-        needs data is `calibrate`'s."""
+        (a mixer that `keeps_norms` takes them over itself); the rest is `init_transfer`, but for
+        what `parts` leaves out. What needs data is `calibrate`'s."""
+        parts = parts or Transfer()
         heads, size = attention.num_heads, attention.head_dim
         mine = (self.num_heads, self.num_value_heads, self.key_dim, self.value_dim)
         if mine != (heads, heads, size, size):
@@ -198,18 +203,36 @@ class LinearMixer(nn.Module, ABC):
             "v": (attention.v_proj, groups, None),
         }
         self.init_transfer()
+        self.start_decays(self.decay_rates(self.o_proj.weight.device))
+        self._leave_out(parts)
         for what, (mine, my_bias) in self.qkv_weights().items():
             linear, repeat, norm = sources[what]
-            parts = [linear.weight.float().unflatten(0, (-1, size))]  # [heads, size, d]
+            rows = [linear.weight.float().unflatten(0, (-1, size))]  # [heads, size, d]
             if linear.bias is not None:
-                parts.append(linear.bias.float().unflatten(0, (-1, size)).unsqueeze(-1))
+                rows.append(linear.bias.float().unflatten(0, (-1, size)).unsqueeze(-1))
             if norm is not None and not self.keeps_norms:
-                parts = [p * norm.weight.float()[:, None] for p in parts]
-            parts = [p.repeat_interleave(repeat, 0).flatten(0, 1) for p in parts]
-            mine.copy_(parts[0])
+                rows = [p * norm.weight.float()[:, None] for p in rows]
+            if parts.kv == "heads":
+                rows = [p.repeat_interleave(repeat, 0).flatten(0, 1) for p in rows]
+            else:  # as published pipelines get it wrong
+                rows = [p.flatten(0, 1).repeat_interleave(repeat, 0) for p in rows]
+            mine.copy_(rows[0])
             if my_bias is not None:
-                my_bias.copy_(parts[1][:, 0]) if len(parts) > 1 else my_bias.zero_()
+                my_bias.copy_(rows[1][:, 0]) if len(rows) > 1 else my_bias.zero_()
         self.o_proj.weight.copy_(attention.o_proj.weight)
+
+    def _leave_out(self, parts: Transfer) -> None:
+        """Make random what `parts` does not want set."""
+        if not parts.conv:
+            for m in self.modules():
+                if isinstance(m, ShortConvolution):
+                    m.init_weights()
+        gate = self.gate_to_fit()
+        if not parts.gate and gate is not None:
+            nn.init.normal_(gate[0], std=self.init_std)
+        beta = getattr(self, "b_proj", None)
+        if not parts.beta and beta is not None:
+            nn.init.normal_(beta.weight, std=self.init_std)
 
     def small_taps(self) -> None:
         """Convolutions that pass on the present token alone, small (see QK_TAP)."""
@@ -223,14 +246,21 @@ class LinearMixer(nn.Module, ABC):
         return None
 
     @torch.no_grad()
-    def calibrate(self, x: Tensor, target: Tensor, seq: SeqInfo) -> float:
-        """Fit what needs data: the gate to a constant by least squares, and one scale per head,
-        folded into o_proj's columns, so that the output is nearest to `target`.
+    def calibrate(
+        self, x: Tensor, target: Tensor, seq: SeqInfo, parts: Transfer | None = None,
+        distances: Tensor | None = None,
+    ) -> float:  # fmt: skip
+        """Fit what needs data and `parts` wants: decays to the teacher's `Attention.distances` [J],
+        the gate to a constant by least squares, and one scale per head, folded into o_proj's
+        columns, so that the output is nearest to `target`.
 
         x, target [B, T, d]: the teacher's input to this layer and its attention output. Returns
         the relative error ||target - out|| / ||target|| afterwards.
         """
-        fit = self.gate_to_fit()
+        parts = parts or Transfer()
+        if parts.decay and distances is not None:
+            self.start_decays(1 / distances.clamp(*FITTED_TOKENS))
+        fit = self.gate_to_fit() if parts.gate else None
         with torch.autocast(x.device.type, enabled=False):
             if fit is not None:
                 flat = x.flatten(0, 1).float()
@@ -242,16 +272,18 @@ class LinearMixer(nn.Module, ABC):
         mixed = self.mix(x, seq).flatten(0, 1).float().unflatten(-1, (-1, self.value_dim))
         with torch.autocast(x.device.type, enabled=False):
             columns = self.o_proj.weight.float().unflatten(1, (-1, self.value_dim))  # [d, J, V]
-            parts = torch.einsum("njv,djv->njd", mixed, columns)  # what each head adds
+            added = torch.einsum("njv,djv->njd", mixed, columns)  # by each head
             goal = target.flatten(0, 1).float()
-            gram = torch.einsum("njd,nid->ji", parts, parts)
+            gram = torch.einsum("njd,nid->ji", added, added)
             gram.diagonal().add_(1e-3 * gram.diagonal().mean())
-            scale = torch.linalg.solve(gram, torch.einsum("njd,nd->j", parts, goal))
+            scale = torch.linalg.solve(gram, torch.einsum("njd,nd->j", added, goal))
             # A head whose fit is nil or negative still has to be able to learn.
             middle = scale.clamp(min=0).mean()
             scale = scale.clamp(0.1 * middle, 10 * middle)
+            if not parts.scale:
+                scale = torch.ones_like(scale)
             self.o_proj.weight.copy_((columns * scale[None, :, None]).flatten(1))
-            error = goal - torch.einsum("njd,j->nd", parts, scale)
+            error = goal - torch.einsum("njd,j->nd", added, scale)
             return (error.norm() / goal.norm()).item()
 
 

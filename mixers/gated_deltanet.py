@@ -68,13 +68,15 @@ class GatedDeltaNet(LinearMixer):
         return (self.o_norm(o) * gate).flatten(-2)
 
     def init_transfer(self) -> None:
-        """Taps that keep SiLU near its linear part, spread decays, beta one half."""
+        """Taps that keep SiLU near its linear part, decays by dt_bias alone, beta one half."""
         self.small_taps()
         for m in (self.b_proj, self.a_proj, self.g_proj):
             nn.init.zeros_(m.weight)
         self.o_norm.init_weights()
         nn.init.zeros_(self.A_log)
-        self.dt_bias.copy_(inverse_softplus(self.decay_rates(self.dt_bias.device)))
+
+    def start_decays(self, rates: Tensor) -> None:
+        self.dt_bias.copy_(inverse_softplus(rates))
 
     def gate_to_fit(self) -> tuple[Tensor, float]:
         return self.g_proj.weight, inverse_silu(1.0)

@@ -61,16 +61,18 @@ class GatedLinearAttention(LinearMixer):
         return (self.g_norm_swish_gate(o) * gate).flatten(-2)
 
     def init_transfer(self) -> None:
-        """Decays spread over the heads; the low-rank half that depends on x starts at zero, with
+        """Decays do not depend on x yet; the low-rank half that depends on x starts at zero, with
         its first matrix random so that the second learns from the first step."""
         nn.init.zeros_(self.g_proj.weight)
         down, up = self.gk_proj
         nn.init.normal_(down.weight, std=self.init_std)
         nn.init.zeros_(up.weight)
-        # -logsigmoid(b) = softplus(-b)
-        rates = self.decay_rates(up.bias.device).repeat_interleave(self.key_dim)
-        up.bias.copy_(-inverse_softplus(GATE_NORMALIZER * rates))
         self.g_norm_swish_gate.init_weights()
+
+    def start_decays(self, rates: Tensor) -> None:
+        # -logsigmoid(b) = softplus(-b)
+        rates = GATE_NORMALIZER * rates.repeat_interleave(self.key_dim)
+        self.gk_proj[1].bias.copy_(-inverse_softplus(rates))
 
     def gate_to_fit(self) -> tuple[Tensor, float]:
         return self.g_proj.weight, inverse_silu(1.0)

@@ -18,7 +18,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from config import ModelConfig, UserError
+from config import ModelConfig, Transfer, UserError
 from layers import RMSNorm, SeqInfo, apply_rope
 from mixers.base import LinearMixer, at_least_float32
 from ops.hedgehog_window import KERNELS, step_hedgehog_window
@@ -97,13 +97,13 @@ class HedgehogWindow(LinearMixer):
         return q, k, v
 
     @torch.no_grad()
-    def from_attention(self, attention: nn.Module) -> None:
+    def from_attention(self, attention: nn.Module, parts: Transfer | None = None) -> None:
         if (self.q_norm is None) != (attention.q_norm is None):
             raise ValueError(
                 f"from_attention: qk_norm {self.q_norm is not None} found, the attention's "
                 f"{attention.q_norm is not None} expected"
             )
-        super().from_attention(attention)
+        super().from_attention(attention, parts)
         if self.q_norm is not None:
             self.q_norm.weight.copy_(attention.q_norm.weight)
             self.k_norm.weight.copy_(attention.k_norm.weight)
@@ -115,7 +115,10 @@ class HedgehogWindow(LinearMixer):
         nn.init.zeros_(self.window_factors)
 
     @torch.no_grad()
-    def calibrate(self, x: Tensor, target: Tensor, seq: SeqInfo) -> float:
+    def calibrate(
+        self, x: Tensor, target: Tensor, seq: SeqInfo, parts: Transfer | None = None,
+        distances: Tensor | None = None,
+    ) -> float:  # fmt: skip
         """Nothing to fit, since the weights of the values sum to one as the teacher's do; the
         relative error to `target` [B, T, d]."""
         error = target - self(x, seq)

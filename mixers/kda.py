@@ -76,8 +76,8 @@ class KimiDeltaAttention(LinearMixer):
         return (self.o_norm(o) * gate).flatten(-2)
 
     def init_transfer(self) -> None:
-        """Taps that keep SiLU near its linear part, one decay for all of a head's channels, spread
-        over the heads, beta one half, the gate open. Decay and gate do not depend on the input
+        """Taps that keep SiLU near its linear part, one decay for all of a head's channels, beta
+        one half, the gate open. Decay and gate do not depend on the input
         yet; the first halves of their projections are random, so that the second can learn."""
         self.small_taps()
         for first, second in (self.f_proj, self.g_proj):
@@ -87,5 +87,6 @@ class KimiDeltaAttention(LinearMixer):
         nn.init.zeros_(self.b_proj.weight)
         self.o_norm.init_weights()
         nn.init.zeros_(self.A_log)
-        rates = self.decay_rates(self.dt_bias.device).repeat_interleave(self.key_dim)
-        self.dt_bias.copy_(inverse_softplus(rates))
+
+    def start_decays(self, rates: Tensor) -> None:
+        self.dt_bias.copy_(inverse_softplus(rates.repeat_interleave(self.key_dim)))

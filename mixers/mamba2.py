@@ -122,9 +122,10 @@ class Mamba2(LinearMixer):
         self.conv1d.weight[:, 0, -1] = TAP
         nn.init.zeros_(self.D)
         self.norm.init_weights()
-        rates = self.decay_rates(self.A_log.device)
+        self.dt_bias.copy_(inverse_softplus(torch.full_like(self.dt_bias, START_DT)))
+
+    def start_decays(self, rates: Tensor) -> None:
         self.A_log.copy_((rates / START_DT).log())
-        self.dt_bias.copy_(inverse_softplus(torch.full_like(rates, START_DT)))
 
     def gate_to_fit(self) -> tuple[Tensor, float]:
         return self.parts(self.in_proj.weight)["z"], inverse_silu(1.0)

@@ -158,7 +158,7 @@ class RWKV6(LinearMixer):
         return {what: (layer.weight, layer.bias) for what, layer in layers.items()}
 
     def init_transfer(self) -> None:
-        """Every mix is the token itself, the bonus one, decays spread over the heads. Of each
+        """Every mix is the token itself, the bonus one. Of each
         low-rank pair the first matrix is random, so that the second, zero, learns at once."""
         lerp, _, mix = self.x_proj
         down, _, up = self.w_proj.linear.lora
@@ -166,9 +166,12 @@ class RWKV6(LinearMixer):
             nn.init.zeros_(p)
         for p in (lerp.linear.weight, down.weight):
             nn.init.normal_(p, std=self.init_std)
-        up.bias.copy_(self.decay_rates(up.bias.device).repeat_interleave(self.key_dim).log())
         nn.init.ones_(self.bonus)
         self.g_norm.init_weights()
+
+    def start_decays(self, rates: Tensor) -> None:
+        up = self.w_proj.linear.lora[2]
+        up.bias.copy_(rates.repeat_interleave(self.key_dim).log())
 
     def gate_to_fit(self) -> tuple[Tensor, float]:
         return self.g_proj.linear.weight, inverse_silu(1.0)

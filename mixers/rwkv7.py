@@ -146,14 +146,13 @@ class RWKV7(LinearMixer):
         return {what: (layer.weight, layer.bias) for what, layer in layers.items()}
 
     def init_transfer(self) -> None:
-        """No token shift, spread decays, rate one half, no correction, a gate of one."""
+        """No token shift, rate one half, no correction, a gate of one."""
         for i in MIXED:
             nn.init.zeros_(getattr(self, f"x_{i}"))
         nn.init.ones_(self.k_k)
         nn.init.zeros_(self.k_a)
         nn.init.zeros_(self.r_k)
-        share = self.decay_rates(self.k_k.device) / -RWKV7_LOWER_BOUND
-        self.w_lora.start(torch.logit(share).repeat_interleave(self.key_dim))
+        self.w_lora.start()
         self.a_lora.start()
         self._norm_to_one()
         # Before the gate's W2 stands sigmoid(0) = 1/2 throughout, so rows that sum to 2 give one.
@@ -161,3 +160,7 @@ class RWKV7(LinearMixer):
         self.g_lora.start()
         up = self.g_lora.lora[2].weight
         up.add_(2 / up.shape[1] - up.mean(1, keepdim=True))
+
+    def start_decays(self, rates: Tensor) -> None:
+        share = (rates / -RWKV7_LOWER_BOUND).repeat_interleave(self.key_dim)
+        self.w_lora.lora[2].bias.copy_(torch.logit(share))

@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from config import ModelConfig
+from config import ModelConfig, Transfer
 from layers import Attention, SeqInfo
 
 
@@ -32,12 +32,15 @@ class SlidingWindow(Attention):
         return q, k.repeat_interleave(groups, 2), v.repeat_interleave(groups, 2)
 
     @torch.no_grad()
-    def from_attention(self, attention: nn.Module) -> None:
+    def from_attention(self, attention: nn.Module, parts: Transfer | None = None) -> None:
         """Every parameter is the teacher's."""
         self.load_state_dict(attention.state_dict())
 
     @torch.no_grad()
-    def calibrate(self, x: Tensor, target: Tensor, seq: SeqInfo) -> float:
+    def calibrate(
+        self, x: Tensor, target: Tensor, seq: SeqInfo, parts: Transfer | None = None,
+        distances: Tensor | None = None,
+    ) -> float:  # fmt: skip
         """Nothing to fit; the relative error to `target` [B, T, d]."""
         error = target - self(x, seq)
         return (error.float().norm() / target.float().norm()).item()
