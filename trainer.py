@@ -190,7 +190,13 @@ def open_run(
         run.done = set(state["done"])
         logger.say(f"resuming at step {run.step} from {found}")
     if world.is_main:
-        record = {"command": shlex.join([f"{script}.py", *argv]), "commit": git_commit()}
+        cuda = world.device.type == "cuda"
+        record = {
+            "command": shlex.join([f"{script}.py", *argv]), "commit": git_commit(),
+            "device": torch.cuda.get_device_name(world.device) if cuda else world.device.type,
+            "ranks": world.size, "dtype": str(dtype).removeprefix("torch."),
+            "torch": str(torch.__version__),
+        }  # fmt: skip
         text = yaml.safe_dump({**to_dict(cfg), "_run": record}, sort_keys=False)
         (folder / "config.yaml").write_text(text)
     return run
