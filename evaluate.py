@@ -192,7 +192,9 @@ def check_decoding(model: Transformer, prompt: list[int], amp=nullcontext, token
         with torch.compiler.set_stance("force_eager"):
             hidden = model(torch.tensor([ids], device=device))[0, len(prompt) - 1 :]
         wanted = decoder.head(hidden)
-    dtype = torch.bfloat16 if hidden.dtype == torch.bfloat16 else torch.float32
+        # Under autocast matmuls are in bfloat16, also where the residual stream is not.
+        low = torch.is_autocast_enabled(device.type) or hidden.dtype == torch.bfloat16
+    dtype = torch.bfloat16 if low else torch.float32
     for i, (a, b) in enumerate(zip(torch.cat(found), wanted, strict=True)):
         error = ((a - b).norm() / b.norm()).item()
         if not error <= DECODING_TOLERANCE[dtype]:

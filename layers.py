@@ -395,10 +395,11 @@ class Attention(nn.Module):
         found = []
         for h in range(self.num_heads):
             key = k[:, :, h * self.num_kv_heads // self.num_heads].float()
-            scores = q[:, :, h].float() @ key.mT * self.head_dim**-0.5
+            with torch.autocast(device.type, enabled=False):
+                scores = q[:, :, h].float() @ key.mT * self.head_dim**-0.5
             weights = scores.masked_fill(~mask, -torch.inf).softmax(-1) * counted
             shares = torch.zeros(length, device=device)
-            shares.scatter_add_(0, back.flatten(), weights.flatten())
+            shares.scatter_add_(0, back.expand_as(weights).flatten(), weights.flatten())
             total = shares.cumsum(0)
             half = 0.5 * total[-1]
             at = (total < half).sum().clamp(max=length - 1)  # where the median lies

@@ -184,7 +184,8 @@ def test_muon_equals_torch_on_cuda(monkeypatch):
     settings["shapes"] = [(576, 1536), (1536, 576), (576, 576), (192, 576), (100, 75)] * 3
     assert 0 < worst_error_over_steps(muon_pair(None, **settings)) < BF16_TOLERANCE
     monkeypatch.setattr("torch.optim._muon._zeropower_via_newtonschulz", float32_zeropower)
-    assert worst_error_over_steps(muon_pair(torch.float32, **settings)) < 2e-5  # seen: 1.1e-5
+    # Float32 sums in another order, over Gram matrices where they are wide: 1.1e-5 on an H100.
+    assert worst_error_over_steps(muon_pair(torch.float32, **settings)) < 2e-5
 
 
 def test_stack_size_does_not_change_the_result(monkeypatch):

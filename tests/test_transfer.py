@@ -90,6 +90,19 @@ def test_attention_distances(back):
     assert median / math.log(2) <= second <= (median + 1) / math.log(2)
 
 
+def test_attention_distances_of_a_batch():
+    """All rows count, and autocast changes nothing of note."""
+    model = tiny_model("F", dtype=torch.float32)
+    attention, seq = model.layers[0].self_attn, model.seq_info(40)
+    x = torch.randn(2, 40, model.config.hidden_size)
+    both = attention.distances(x, seq)
+    rows = torch.stack([attention.distances(x[i : i + 1], seq) for i in range(2)])
+    assert not both.equal(rows[0]) and not both.equal(rows[1])
+    assert (both >= rows.amin(0) - 1e-3).all() and (both <= rows.amax(0) + 1e-3).all()
+    with torch.autocast("cpu", torch.bfloat16):
+        torch.testing.assert_close(attention.distances(x, seq), both, rtol=0.1, atol=0)
+
+
 def test_attention_distances_stay_in_a_document():
     bounds = torch.tensor([0, 30, 60], dtype=torch.int32)
     attention, x, seq = attending_to(5, 60, bounds)
