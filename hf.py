@@ -53,11 +53,15 @@ def _read_json(path: Path) -> dict:
     return value
 
 
+def no_model(folder: str | Path) -> UserError:
+    return UserError(f"{folder}: no config.json, a Hugging Face or retort model folder expected")
+
+
 def read_config(folder: str | Path) -> ModelConfig:
     """The ModelConfig of a model folder. UserError for what our model cannot represent."""
     path = Path(folder) / "config.json"
     if not path.is_file():
-        raise UserError(f"{folder}: no config.json, a Hugging Face or retort model folder expected")
+        raise no_model(folder)
     raw = _read_json(path)
     kind = raw.get("model_type")
     if "text_config" in raw:
@@ -149,6 +153,8 @@ def tokenizer_spec(folder: str | Path) -> str:
     folder = Path(folder)
     if (folder / "tokenizer.json").is_file():
         return str(folder)
+    if not (folder / "config.json").is_file():
+        raise no_model(folder)
     name = _read_json(folder / "config.json").get("retort_tokenizer")
     if not name:
         raise UserError(f"{folder}: no tokenizer.json; --tokenizer has to name one")

@@ -318,6 +318,10 @@ def test_command(tmp_path, text_shards, pair, capsys):
 
     script.main([*argv, "--eval_tokens", "264"])
     assert "teacher" not in capsys.readouterr().out
+    with pytest.raises(SystemExit) as stop:
+        script.main([str(tmp_path / "nothing"), *argv[1:]])
+    assert stop.value.code == 2
+    assert "nothing: no config.json" in capsys.readouterr().err
     for wrong, name in (
         (["--teacher", str(tmp_path / "nowhere")], "nowhere"),
         (["--out", str(tmp_path / "nowhere")], "--out"),
