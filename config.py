@@ -60,6 +60,7 @@ class ModelConfig:
     linear_conv_kernel_dim: int = 4  # width of the short convolution
     linear_bias: bool = False  # biases on q, k, v of linear layers
     linear_rope: bool = False  # rotate q and k of linear layers
+    linear_gate: bool = True  # output gate (only gated_deltanet can be without)
     linear_feature_map: str = "elu"  # of linear_attention: one of FEATURE_MAPS
     linear_window: int = 64  # softmax window of hedgehog_window, tokens
     bos_token_id: int | None = None  # None = the tokenizer has none
@@ -203,6 +204,19 @@ class Transfer:
                   "pipelines do, to see what it costs", choices=("heads", "rows"))  # fmt: skip
 
 
+@dataclass
+class Search:
+    """How `--layers auto:SHARE` chooses the layers that become linear (search.py)."""
+
+    scorer: str = opt("swap", "swap: each layer made softmax alone; greedy: one after another; "
+                      "gates: all at once", choices=("swap", "greedy", "gates"))  # fmt: skip
+    tokens: int = opt(65_536, "held-out tokens of a score", low=8)
+    recall_samples: int = opt(16, "recall questions of each task in a score; 0 = none", low=0)
+    seq_len: int = opt(1024, "tokens of a held-out row and of a recall question", low=8)
+    recall_weight: float = opt(1.0, "weight of recall beside KL", low=0.0)
+    gate_steps: int = opt(100, "training steps of the gates", low=1)
+
+
 STAGES = ("align", "distill", "long")
 # The published recipe (arXiv 2512.20569); presets override it.
 _STAGE_DEFAULTS = {
@@ -312,16 +326,20 @@ class DistillConfig(TrainConfig):
 
     teacher: str = opt("models/smollm2-135m", "folder of the teacher")
     student: str = opt("", "folder of the student; empty = the converted teacher")
-    layers: str = opt("3:1", "layers that become linear: 10,14,20 | 0-5 | all | 3:1")
+    layers: str = opt("3:1", "layers that become linear: 10,14,20 | 0-5 | all | 3:1 | auto:0.75")
     keep_layers: str = opt("", "the complement: layers that stay softmax")
     mixer: str = opt("gated_deltanet", "linear mixer, or one name per linear layer")
+    aligned: str = opt("", "folder of an aligned student, whose mixers the run begins with")
     linear_rope: bool = opt(False, "rotate q and k of linear layers too (native format only)")
+    linear_gate: bool = opt(True, "output gate of gated_deltanet (off: native format only)")
+    linear_conv: int = opt(4, "taps of linear layers' short convolutions; 1 = SiLU alone", low=1)
     linear_feature_map: str = opt("elu", "of the mixer linear_attention", choices=FEATURE_MAPS)
     linear_window: int = opt(64, "window of hedgehog_window and sliding_window, tokens", low=1)
     calibrate_tokens: int = opt(
         2048, "training tokens that set decays, gates and output scales; 0 = off", low=0
     )
     transfer: Transfer = field(default_factory=Transfer, metadata={"group": "transfer"})
+    search: Search = field(default_factory=Search, metadata={"group": "search"})
     stages: str = opt("align,distill", "stages to run, in order: align, distill, long")
     share_trunk: str = opt("auto", "one copy of the frozen trunk for teacher and student; "
                            "auto = when only mixers train", choices=("auto", "false"))  # fmt: skip
@@ -375,6 +393,27 @@ def parse_layers(layers: str, num_layers: int, keep: str = "") -> list[int]:
     return _layer_list("layers", layers, num_layers) if layers else []
 
 
+def auto_share(layers: str) -> float | None:
+    """The share of linear layers that `auto:0.75` asks for; None for any other list."""
+    name, _, share = layers.strip("()[] ").partition(":")
+    if name != "auto":
+        return None
+    try:
+        found = float(share or "nan")
+    except ValueError:
+        found = math.nan
+    if not 0 < found < 1:
+        raise UserError(f"--layers: '{layers}' found, auto:0.75 or another share expected")
+    return found
+
+
+def uniform_layers(num_layers: int, share: float) -> list[int]:
+    """Linear layers at this share with the softmax ones spread evenly, the last of each period as
+    in 3:1; softmax layers are rounded down."""
+    kept = math.floor((1 - share) * num_layers + 1e-6)
+    return [i for i in range(num_layers) if (i + 1) * kept // num_layers == i * kept // num_layers]
+
+
 def _layer_list(flag: str, spec: str, num_layers: int) -> list[int]:
     grammar = "10,14,20, a range 4-8, all, or a ratio like 3:1"
     spec = spec.strip("()[] ").replace(" ", "")
@@ -382,7 +421,7 @@ def _layer_list(flag: str, spec: str, num_layers: int) -> list[int]:
         return list(range(num_layers))
     if spec.startswith("auto"):
         raise UserError(
-            f"--{flag}: '{spec}' found; the search is not there yet: {grammar} expected"
+            f"--{flag}: '{spec}' found, {grammar} expected (only train_kd.py --layers searches)"
         )
     if ":" in spec:
         parts = spec.split(":")

@@ -68,6 +68,8 @@ def _unfit(config: ModelConfig, mixer: str) -> str | None:
         return "q, k, v biases in linear layers (linear_bias) found, none expected"
     if "linear_attention" in kinds and config.linear_rope:
         return "rotated linear layers (linear_rope) found, none expected"
+    if "linear_attention" in kinds and not config.linear_gate:
+        return "linear layers without a gate (linear_gate) found, with one expected"
     return None
 
 

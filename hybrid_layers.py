@@ -73,7 +73,8 @@ def mixer_names(spec: str, count: int) -> list[str]:
 
 def convert_config(
     config: ModelConfig, layers: list[int], mixer: str, *, linear_rope: bool = False,
-    linear_feature_map: str = "", linear_window: int = 0,
+    linear_feature_map: str = "", linear_window: int = 0, linear_gate: bool = True,
+    linear_conv: int = 0,
 ) -> ModelConfig:  # fmt: skip
     """The teacher's config with `layers` made linear: one linear head per softmax query head.
     The mixer sliding_window makes them "sliding_attention" instead."""
@@ -105,7 +106,8 @@ def convert_config(
         linear_num_key_heads=config.num_attention_heads,
         linear_num_value_heads=config.num_attention_heads,
         linear_key_head_dim=config.head_dim, linear_value_head_dim=config.head_dim,
-        linear_bias=config.attention_bias, linear_rope=linear_rope,
+        linear_bias=config.attention_bias, linear_rope=linear_rope, linear_gate=linear_gate,
+        linear_conv_kernel_dim=linear_conv or config.linear_conv_kernel_dim,
     )  # fmt: skip
     for name, value in dataclasses.asdict(config).items():
         if config.mixer and name.startswith("linear_") and getattr(student, name) != value:
@@ -131,7 +133,7 @@ def convert_layers(
     share_trunk: the student's other parameters are the teacher's own tensors, frozen, so that a
     run that trains only mixers holds one copy of the trunk. Otherwise they are float32 copies.
     transfer: what mixers take over from the softmax layers; None = the defaults.
-    shape: linear_rope, linear_feature_map, linear_window, as of `convert_config`.
+    shape: linear_rope, linear_gate, ..., as of `convert_config`.
     """
     config = convert_config(teacher.config, layers, mixer, **shape)
     names = mixer_names(mixer, len(layers))
@@ -155,6 +157,43 @@ def convert_layers(
         for p in teacher.parameters():
             p.requires_grad_(False)
     return student
+
+
+def restore_layers(student: nn.Module, teacher: nn.Module, layers: list[int]) -> None:
+    """The inverse of `convert_layers` for some of its layers, in place: they are the teacher's
+    softmax layers again (float32 copies, or its own tensors where the student shares the trunk)."""
+    kinds, names = list(student.config.layer_types), []
+    for i in layers:
+        kinds[i] = teacher.config.layer_types[i]
+    for i, kind in enumerate(kinds):
+        if kind == "linear_attention":
+            names.append(student.config.mixer_name(i))
+    window = student.config.sliding_window
+    if "sliding_attention" not in kinds:
+        window = teacher.config.sliding_window
+    student.config = dataclasses.replace(
+        student.config, layer_types=kinds, mixer=names, sliding_window=window
+    )
+    shared = student.norm.weight is teacher.norm.weight
+    memo = {id(p): p for p in teacher.parameters()} if shared else {}
+    for i in layers:
+        block = student.layers[i]
+        softmax = copy.deepcopy(teacher.layers[i].self_attn, memo)
+        delattr(block, "linear_attn" if block.kind == "linear_attention" else "self_attn")
+        block.kind = kinds[i]
+        block.self_attn = softmax if shared else softmax.float()
+
+
+def copy_mixers(student: nn.Module, aligned: nn.Module, layers: list[int]) -> None:
+    """Give the mixers of `layers` the weights that they have in `aligned`. UserError where it has
+    other ones there."""
+    found = mixer_parameters(aligned, layers)
+    for name, p in mixer_parameters(student, layers).items():
+        if name not in found or found[name].shape != p.shape:
+            what = "nothing" if name not in found else f"{tuple(found[name].shape)}"
+            raise UserError(f"--aligned: {what} found as {name}, {tuple(p.shape)} expected")
+        with torch.no_grad():
+            p.copy_(found[name])
 
 
 def mixer_parameters(model: nn.Module, layers: list[int]) -> dict[str, nn.Parameter]:

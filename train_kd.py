@@ -19,7 +19,14 @@ from pathlib import Path
 import torch
 
 from cli import run_main
-from config import DistillConfig, ModelConfig, StageConfig, UserError, parse_layers
+from config import (
+    DistillConfig,
+    ModelConfig,
+    StageConfig,
+    UserError,
+    auto_share,
+    parse_layers,
+)
 from data import PackedLoader, TokenDataset, eval_batches
 from distributed import (
     World,
@@ -38,8 +45,10 @@ from hybrid_layers import (
     check_transfer,
     convert_config,
     convert_layers,
+    copy_mixers,
     mixer_parameters,
     resolve_kernels,
+    restore_layers,
     use_kernels,
 )
 from layers import Attention, attention_kernel
@@ -48,6 +57,14 @@ from objectives import AlignObjective, HeadObjective
 from ops.float8_linear import float8_copy, supports_float8
 from prompts import IN_RUN, PROMPTS
 from recompute import set_recompute
+from search import (
+    FILE,
+    choose_layers,
+    pattern_table,
+    read_choice,
+    uniform_pattern,
+    write_choice,
+)
 from tokenizer import load_tokenizer
 from trainer import (
     Run,
@@ -67,7 +84,7 @@ from trainer import (
 
 def mixer_shape(cfg: DistillConfig) -> dict:
     """The flags that shape new mixers."""
-    names = ("linear_rope", "linear_feature_map", "linear_window")
+    names = ("linear_rope", "linear_gate", "linear_conv", "linear_feature_map", "linear_window")
     return {name: getattr(cfg, name) for name in names}
 
 
@@ -100,8 +117,21 @@ def preflight(cfg: DistillConfig) -> tuple[list[int], str, ModelConfig, bool]:
     ]  # fmt: skip
     convert = not layers
     if convert:
-        layers = parse_layers(cfg.layers, source.num_hidden_layers, cfg.keep_layers)
+        if auto_share(cfg.layers) is None or cfg.keep_layers:
+            layers = parse_layers(cfg.layers, source.num_hidden_layers, cfg.keep_layers)
+        else:  # all are aligned, then some are chosen
+            layers = [i for i, t in enumerate(source.layer_types) if t == "full_attention"]
+            uniform_pattern(layers, auto_share(cfg.layers))
         source = convert_config(source, layers, cfg.mixer, **mixer_shape(cfg))
+        if cfg.aligned:
+            if not Path(cfg.aligned).is_dir():
+                raise UserError(f"--aligned: no folder {cfg.aligned}")
+            check_aligned(cfg, read_config(cfg.aligned), source, layers)
+        elif auto_share(cfg.layers) is not None and cfg.stage_names()[0] != "align":
+            raise UserError(
+                f"--layers: {cfg.layers} found; it chooses from an aligned student, so the stage "
+                f"align, or a folder as --aligned, expected"
+            )
     if "align" in cfg.stage_names():
         same = ("hidden_size", "num_hidden_layers", "head_dim", "num_attention_heads")
         odd = [n for n in same if getattr(source, n) != getattr(config, n)]
@@ -138,6 +168,22 @@ def preflight(cfg: DistillConfig) -> tuple[list[int], str, ModelConfig, bool]:
     return layers, spec, source, convert
 
 
+def check_aligned(cfg, found: ModelConfig, wanted: ModelConfig, layers: list[int]) -> None:
+    """UserError unless the model of --aligned has the mixers wanted at `layers`."""
+    if found.num_hidden_layers != wanted.num_hidden_layers:
+        raise UserError(
+            f"--aligned: {found.num_hidden_layers} layers found, {wanted.num_hidden_layers} "
+            f"expected"
+        )
+    for i in layers:
+        mine, theirs = (
+            c.mixer_name(i) if c.layer_types[i] == "linear_attention" else c.layer_types[i]
+            for c in (wanted, found)
+        )
+        if mine != theirs:
+            raise UserError(f"--aligned: {theirs} found at layer {i}, {mine} expected")
+
+
 def build_models(
     cfg: DistillConfig, layers: list[int], convert: bool, world: World, dtype: torch.dtype
 ) -> tuple[Transformer, Transformer, Transformer, bool]:
@@ -161,6 +207,8 @@ def build_models(
             student = convert_layers(
                 source, layers, mixer=cfg.mixer, transfer=cfg.transfer, **mixer_shape(cfg)
             )
+    if convert and cfg.aligned:
+        copy_mixers(student, load_model(cfg.aligned, device=world.device), layers)
     if cfg.trunk_dtype == "bfloat16" and dtype == torch.float32:
         raise UserError("--trunk_dtype: bfloat16 found, float32 expected, as the compute type is")
     if cfg.trunk_dtype != "float32" and not shared:
@@ -278,7 +326,7 @@ def distil(cfg: DistillConfig, argv: list[str]) -> None:
         run, cfg, teacher, student, layers, convert, plans, train_data, data, kernel_line, shared
     )
     fresh = run.resumed_from is None
-    if layers and convert and fresh:
+    if layers and convert and fresh and not cfg.aligned:
         ids = train_data.read(0, min(128, train_data.num_tokens))
         ids = torch.from_numpy(ids)[None].to(world.device)
         most = 1e-3 if cfg.transfer.kv == "heads" else math.inf
@@ -325,6 +373,29 @@ def distil(cfg: DistillConfig, argv: list[str]) -> None:
             compile_blocks(guide)
         if not table.has("teacher in float8"):
             table.add("teacher in float8", evaluator(guide))
+    share = auto_share(cfg.layers) if convert and not cfg.keep_layers else None
+
+    def restore(chosen: list[int]) -> list[int]:
+        """Make all converted layers but the chosen ones softmax again."""
+        restore_layers(student, teacher, [i for i in layers if i not in chosen])
+        if cfg.trunk_dtype != "float32" and not shared:
+            cast_trunk(student, chosen, DTYPES[cfg.trunk_dtype])
+        if compile_wanted(cfg, world):
+            compile_blocks(student)
+        run.logger.say(f"layers: {student.config.layer_map()}  ({len(chosen)} linear)")
+        return chosen
+
+    def choose() -> list[int]:
+        found = select(run, share, student, teacher, layers, train_data, val_data, tokenizer)
+        chosen = restore(found["linear"])
+        table.add("student with the chosen layers", evaluator(student))
+        return chosen
+
+    if share is not None and not fresh and run.resumed["stage"] != "align":
+        found = read_choice(run.resumed_from.parent.parent)
+        if world.is_main:
+            write_choice(run.folder, found)
+        layers, share = restore(found["linear"]), None
     restore_weights(run, student)
     samples = Samples(run, teacher, tokenizer)
 
@@ -339,6 +410,8 @@ def distil(cfg: DistillConfig, argv: list[str]) -> None:
             if run.resumed["stage"] == plan.name and not table.has(row):
                 table.add(row, evaluator(student))
             continue
+        if share is not None and plan.name != "align":
+            layers, share = choose(), None
         set_trainable(student, plan.stage, layers)
         if plan.name == "align":
             keep = bool(plan.stage.unique_tokens)
@@ -350,7 +423,26 @@ def distil(cfg: DistillConfig, argv: list[str]) -> None:
             evaluate=evaluate_and_sample,
         )  # fmt: skip
         table.add(row, evaluator(student))
+    if share is not None:
+        choose()
     conclude(run, cfg, table, samples, student, spec)
+
+
+def select(run, share, student, teacher, layers, train_data, val_data, tokenizer) -> dict:
+    """`--layers auto:...`: score the converted layers, and write the choice into the run."""
+    cfg, world, say = run.cfg, run.world, run.logger.say
+    say(f"choosing {share:g} of {len(layers)} layers to be linear, by {cfg.search.scorer}")
+    found = choose_layers(
+        student, teacher, layers, share=share, settings=cfg.search, train_data=train_data,
+        val_data=val_data, tokenizer=tokenizer, amp=run.amp, world=world, seed=cfg.seed,
+        doc_mask=cfg.doc_mask,
+    )  # fmt: skip
+    if world.is_main:
+        write_choice(run.folder, found)
+    noise = f", noise of a score {found['noise']:.2g}" if "noise" in found else ""
+    run.logger.table("before distillation", pattern_table(found, len(student.layers)))
+    say(f"layers chosen in {found['seconds']:.0f} s{noise}; scores in {run.folder / FILE}")
+    return found
 
 
 def run_identity(cfg, layers, convert, plans: list[StagePlan], data: TokenDataset, dtype) -> dict:
@@ -362,7 +454,10 @@ def run_identity(cfg, layers, convert, plans: list[StagePlan], data: TokenDatase
     return {
         "script": "train_kd", "teacher": fingerprint(cfg.teacher),
         "student": fingerprint(cfg.student) if cfg.student else "", "layers": layers,
-        **({"mixer": cfg.mixer, **mixer_shape(cfg)} if convert else {}), "data": data.fingerprint,
+        **({"mixer": cfg.mixer, **mixer_shape(cfg)} if convert else {}),
+        **({"search": dataclasses.asdict(cfg.search) | {"layers": cfg.layers}}
+           if convert and auto_share(cfg.layers) is not None else {}),
+        "aligned": fingerprint(cfg.aligned) if cfg.aligned else "", "data": data.fingerprint,
         "seed": cfg.seed, "dtype": str(dtype), "trunk_dtype": cfg.trunk_dtype,
         "teacher_float8": cfg.teacher_float8, "doc_mask": cfg.doc_mask,
         "calibrate_tokens": cfg.calibrate_tokens if convert else 0, "stages": stages,

@@ -39,6 +39,7 @@ class LinearMixer(nn.Module, ABC):
     passes: ClassVar[int] = 2  # K x V products of a token: write k v^T and read S^T q; delta 3
     grouped: ClassVar[bool] = False  # whether there may be more value heads than key heads
     keeps_norms: ClassVar[bool] = False  # whether it has the teacher's q/k-norms, not folded
+    gate_optional: ClassVar[bool] = False  # whether it can be without its output gate
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -52,6 +53,8 @@ class LinearMixer(nn.Module, ABC):
                 f"linear_num_value_heads: {self.num_value_heads} found, {self.name} expects "
                 f"linear_num_key_heads {self.num_heads}"
             )
+        if not (config.linear_gate or self.gate_optional):
+            raise UserError(f"linear_gate: False found, which {self.name} has no form for")
         self.rope, self.init_std = config.linear_rope, config.initializer_range
         self.kernel = "chunk"  # `hybrid_layers.use_kernels` sets a faster one
 

@@ -30,6 +30,7 @@ class GatedDeltaNet(LinearMixer):
     step = staticmethod(step_gated_delta_rule)
     passes = 3  # S^T k, k u^T, S^T q
     grouped = True
+    gate_optional = True
 
     def __init__(self, config: ModelConfig):
         super().__init__(config)
@@ -37,7 +38,9 @@ class GatedDeltaNet(LinearMixer):
         self.add_heads(config)
         self.a_proj = nn.Linear(d, heads, bias=False)
         self.b_proj = nn.Linear(d, heads, bias=False)
-        self.g_proj = nn.Linear(d, heads * self.value_dim, bias=False)
+        self.g_proj = None
+        if config.linear_gate:
+            self.g_proj = nn.Linear(d, heads * self.value_dim, bias=False)
         self.add_convolutions(config)
         self.A_log = nn.Parameter(torch.empty(heads))
         self.dt_bias = nn.Parameter(torch.empty(heads))
@@ -55,7 +58,11 @@ class GatedDeltaNet(LinearMixer):
         groups = self.num_value_heads // self.num_heads
         if groups > 1:
             q, k = q.repeat_interleave(groups, 2), k.repeat_interleave(groups, 2)
-        gate, a, b = project_apart(x, self.g_proj, self.a_proj, self.b_proj)
+        gate = None
+        if self.g_proj is None:
+            a, b = self.a_proj(x), self.b_proj(x)
+        else:
+            gate, a, b = project_apart(x, self.g_proj, self.a_proj, self.b_proj)
         return {"q": q, "k": k, "v": v, "g": self.log_decay(a), "beta": b.sigmoid()}, gate, kept
 
     def log_decay(self, a: Tensor) -> Tensor:
@@ -64,19 +71,22 @@ class GatedDeltaNet(LinearMixer):
         return -self.A_log.to(a.dtype).exp() * F.softplus(a + self.dt_bias.to(a.dtype))
 
     def finish(self, o: Tensor, x: Tensor, aux: Tensor) -> Tensor:
-        gate = F.silu(aux).unflatten(-1, (-1, self.value_dim))
-        return (self.o_norm(o) * gate).flatten(-2)
+        o = self.o_norm(o)
+        if aux is not None:
+            o = o * F.silu(aux).unflatten(-1, (-1, self.value_dim))
+        return o.flatten(-2)
 
     def init_transfer(self) -> None:
         """Taps that keep SiLU near its linear part, decays by dt_bias alone, beta one half."""
         self.small_taps()
         for m in (self.b_proj, self.a_proj, self.g_proj):
-            nn.init.zeros_(m.weight)
+            if m is not None:
+                nn.init.zeros_(m.weight)
         self.o_norm.init_weights()
         nn.init.zeros_(self.A_log)
 
     def start_decays(self, rates: Tensor) -> None:
         self.dt_bias.copy_(inverse_softplus(rates))
 
-    def gate_to_fit(self) -> tuple[Tensor, float]:
-        return self.g_proj.weight, inverse_silu(1.0)
+    def gate_to_fit(self) -> tuple[Tensor, float] | None:
+        return None if self.g_proj is None else (self.g_proj.weight, inverse_silu(1.0))

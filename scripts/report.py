@@ -143,7 +143,11 @@ def student_config(run: Folder) -> ModelConfig | None:
             n, window = c["num_blocks"], c.get("sliding_window", 0)
             kinds = ["sliding_attention" if window else "full_attention"] * n
             shape = ModelConfig(num_hidden_layers=n, layer_types=kinds, sliding_window=window)
-        layers = parse_layers(c["layers"], shape.num_hidden_layers, c.get("keep_layers", ""))
+        found = run.json("layer_scores.json")
+        layers = (
+            found["linear"] if found
+            else parse_layers(c["layers"], shape.num_hidden_layers, c.get("keep_layers", ""))
+        )  # fmt: skip
         window = c.get("linear_window", 0)
         return convert_config(shape, layers, c["mixer"], linear_window=window) if layers else shape
     except (UserError, KeyError):
@@ -400,7 +404,7 @@ def layer_search(run: Folder) -> str:
     noise, charts = number(found.get("noise")), []
     for key, title, unit in (
         ("score", "importance", "score"), ("kl", "KL", "nats per token"),
-        ("recall", "recall", "share right"),
+        ("recall_ce", "cross-entropy of recalled answers", "nats per token"),
     ):  # fmt: skip
         values = {r["layer"]: r[key] for r in scores if number(r.get(key)) is not None}
         groups = {

@@ -70,9 +70,9 @@ EVAL = {
     "samples": [{"prompt": "\n\nOnce", "teacher": "\n upon", "student": EVIL + "\ud800"}],
 }  # fmt: skip
 SCORES = {
-    "scorer": "swap_one", "share": 0.5, "baseline": {"kl": 0.25, "recall": 0.5}, "noise": 0.0625,
+    "scorer": "swap", "share": 0.5, "baseline": {"kl": 0.25, "recall_ce": 0.5}, "noise": 0.0625,
     "layers": [
-        {"layer": i, "kl": 0.01 * i + 0.001, "recall": 0.1 * i, "score": s}
+        {"layer": i, "kl": 0.01 * i + 0.001, "recall_ce": 0.1 * i, "score": s}
         for i, s in enumerate((0.7, 0.1, 0.9, 0.3))
     ],
     "linear": [1, 3], "uniform": [0, 1],
@@ -291,17 +291,19 @@ def test_layer_search(page, run):
     search = section(page, "Layer search")
     assert [letters(cells) for cells in search.all("ol", class_="layers")] == ["FLFL", "LLFF"]
     assert facts(search) == {
-        "scorer": "swap_one", "share of linear layers": "0.5", "baseline kl": "0.25",
-        "baseline recall": "0.5",
+        "scorer": "swap", "share of linear layers": "0.5", "baseline kl": "0.25",
+        "baseline recall_ce": "0.5",
     }  # fmt: skip
     found = figures(search)
-    assert set(found) == {"importance by layer", "KL by layer", "recall by layer"}
+    assert set(found) == {
+        "importance by layer", "KL by layer", "cross-entropy of recalled answers by layer",
+    }  # fmt: skip
     assert {"stays softmax", "becomes linear", "noise"} <= set(
         svg_texts(found["importance by layer"])
     )
     assert "baseline" in svg_texts(found["KL by layer"])
     rows = search.one("table", class_="scores").rows()
-    assert rows[0] == ["layer", "kl", "recall", "score"] and rows[3][-1] == "0.9"
+    assert rows[0] == ["layer", "kl", "recall_ce", "score"] and rows[3][-1] == "0.9"
     without = {k: v for k, v in SCORES.items() if k != "noise"}
     (run / "layer_scores.json").write_text(json.dumps(without))
     found = figures(part(run, report.layer_search))
