@@ -115,7 +115,9 @@ def resolve_data(spec: str, tokenizer, *, cache_dir="data") -> str:
         if Path(spec.removeprefix("nanogpt:")).expanduser().exists():
             return spec
     elif (Path(spec) / "meta.json").is_file():
-        TokenDataset.open(spec, "train").check_tokenizer(tokenizer)
+        # One only to evaluate on has no training split.
+        split = "train" if any(Path(spec).glob("train*")) else "val"
+        TokenDataset.open(spec, split).check_tokenizer(tokenizer)
         return spec
     raise UserError(
         f"--data {spec!r}: no data set there; expected stdlib, a folder written by"

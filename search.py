@@ -71,7 +71,7 @@ def answer_batches(asked: list[Question], tokenizer, rows: int) -> list[Batch]:
             whole = prompt + answer
             ids[row, : len(whole) - 1] = torch.tensor(whole[:-1])
             labels[row, len(prompt) - 1 : len(whole) - 1] = torch.tensor(answer)
-        positions = torch.arange(length).expand_as(ids)
+        positions = torch.arange(length).repeat(len(some), 1)  # expanded, it could not be pinned
         count = int((labels >= 0).sum())
         batches.append(Batch(ids, labels, positions, None, length, count, list(range(len(some)))))
     return batches

@@ -50,17 +50,11 @@ class OnDevice(Batch):
 
 
 class DeviceLoader:
-    """Gives unpacked micro-batches in turn, one a step. pairs of [B, T]: inputs and labels. With a
-    single one the model would learn it by heart, and numbers near 0 let a GPU clock higher."""
+    """Gives micro-batches that are on the device in turn, one a step. With a single one the model
+    would learn it by heart, and numbers near 0 let a GPU clock higher."""
 
-    def __init__(self, pairs: list[tuple[Tensor, Tensor]]):
-        batches = []
-        for x, y in pairs:
-            rows, seq_len = x.shape
-            positions = torch.arange(seq_len, device=x.device).expand_as(x)
-            one = OnDevice(x, y, positions, None, seq_len, y.numel(), list(range(rows)))
-            batches.append([one])
-        self.batches = itertools.cycle(batches)
+    def __init__(self, batches: list[Batch]):
+        self.batches = itertools.cycle([[OnDevice(**vars(batch))] for batch in batches])
 
     def next_step(self) -> list[Batch]:
         return next(self.batches)
@@ -118,11 +112,9 @@ def measure(args) -> dict:
             PackedLoader(data, seq_len=args.seq_len, rows_per_step=args.batch,
                          micro_batch=args.batch, doc_mask=mask) for mask in (False, True)
         )  # fmt: skip
-        pairs = []
-        for _ in range(args.warmup + args.steps * args.repeats):
-            batch = rows.next_step()[0].to(args.device)
-            pairs.append((batch.input_ids, batch.labels))
-        loaders = {"on device": DeviceLoader(pairs), "rows": rows, "documents": documents}
+        count = args.warmup + args.steps * args.repeats
+        there = [rows.next_step()[0].to(args.device) for _ in range(count)]
+        loaders = {"on device": DeviceLoader(there), "rows": rows, "documents": documents}
         for loader in loaders.values():
             for _ in range(args.warmup):
                 step(loader).item()
@@ -168,8 +160,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--batch", type=int, default=32, help="rows of a step")
     parser.add_argument("--tokens", type=int, default=0, help="of the shards; 0 = 20M, CPU 100k")
     parser.add_argument("--warmup", type=int, default=10 if cuda else 1, help="steps not timed")
-    parser.add_argument("--steps", type=int, default=5, help="consecutive steps of a turn")
-    parser.add_argument("--repeats", type=int, default=10, help="turns of each")
+    parser.add_argument("--steps", type=int, default=20 if cuda else 5, help="of a turn")
+    parser.add_argument("--repeats", type=int, default=4, help="turns of each")
     parser.add_argument("--device", default="cuda" if cuda else "cpu")
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=cuda)
     parser.add_argument("--json", default="", help="write the numbers here, turn by turn")

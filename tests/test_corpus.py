@@ -8,7 +8,7 @@ import pytest
 
 import corpus
 from config import UserError
-from shards import TokenDataset
+from shards import ShardWriter, TokenDataset
 from tokenizer import load_tokenizer
 
 BYTE = load_tokenizer("byte")
@@ -94,8 +94,13 @@ def test_resolve_data(stdlib, tmp_path, monkeypatch):
     assert corpus.resolve_data(folder, BYTE) == folder
     other = load_tokenizer("byte")
     other.hash = "00112233445566ff"
-    with pytest.raises(UserError, match=r"written with tokenizer hash"):
-        corpus.resolve_data(folder, other)
+    held_out = str(tmp_path / "held-out")  # a domain that is never trained on
+    with ShardWriter(held_out, "val", BYTE) as writer:
+        writer.add([1, 2, 3])
+    assert corpus.resolve_data(held_out, BYTE) == held_out
+    for spec in (folder, held_out):
+        with pytest.raises(UserError, match=r"written with tokenizer hash"):
+            corpus.resolve_data(spec, other)
     np.arange(10, dtype="<u2").tofile(tmp_path / "train.bin")
     assert corpus.resolve_data(f"nanogpt:{tmp_path}", BYTE) == f"nanogpt:{tmp_path}"
     for spec in ("nothing", f"nanogpt:{tmp_path}/nothing", str(tmp_path)):

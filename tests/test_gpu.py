@@ -10,6 +10,7 @@ import torch
 from conftest import call_script, metric_rows
 from kit import rms_ratio
 
+import evaluate
 from config import ModelConfig
 from data import TokenDataset, eval_batches
 from distributed import compile_blocks
@@ -92,6 +93,26 @@ def test_a_whole_run(tiny_teacher, tiny_data, tmp_path, compiled):
     kl = {r["model"]: r["KL"] for r in json.loads((tmp_path / "a" / "table.json").read_text())}
     assert kl["student after distill"] < kl["student after align"] < kl["student after transfer"]
     assert all(0 < v < 1 for v in metric_rows(tmp_path / "a", "mfu").values())
+
+
+@pytest.mark.parametrize("scorer", ["swap", "greedy", "gates"])
+def test_a_search_and_an_evaluation(scorer, tiny_teacher, tiny_data, tmp_path):
+    """Layers are chosen, and the student decodes in float32 as it reads; its recall is asked."""
+    call_script(
+        "train_kd", f"--teacher={tiny_teacher}", f"--data={tiny_data}", "--layers=auto:0.5",
+        f"--save_model_dir={tmp_path}", "--run=a", "--config=tests/kd.yaml", "--eval_tokens=512",
+        "--sample_tokens=0", "--calibrate_tokens=256", "--search_tokens=512",
+        "--search_seq_len=512", "--search_recall_samples=2", f"--search_scorer={scorer}",
+        "--search_gate_steps=4", "--peak_flops=1e12",
+    )  # fmt: skip
+    found = json.loads((tmp_path / "a" / "layer_scores.json").read_text())
+    assert len(found["linear"]) == 2 and found["patterns"]["chosen"]["recall_ce"] > 0
+    evaluate.main([
+        str(tmp_path / "a" / "model"), "--teacher", tiny_teacher, "--data", tiny_data,
+        "--seq_len", "64", "--recall_tasks", "copy", "--recall_lengths", "512",
+        "--recall_samples", "1", "--out", str(tmp_path / "a"),
+    ])  # fmt: skip
+    assert json.loads((tmp_path / "a" / "eval.json").read_text())["dtype"] == "bfloat16"
 
 
 # ---- every mixer, with the kernel that `auto` takes
