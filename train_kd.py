@@ -14,22 +14,13 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from pathlib import Path
 
 import torch
 
 from cli import run_main
-from config import (
-    DistillConfig,
-    ModelConfig,
-    StageConfig,
-    UserError,
-    auto_share,
-    parse_layers,
-)
-from data import PackedLoader, TokenDataset, eval_batches
+from config import DistillConfig, UserError, auto_share
+from data import TokenDataset, eval_batches
 from distributed import (
-    World,
     broadcast,
     choose_device,
     compile_blocks,
@@ -38,38 +29,28 @@ from distributed import (
     stop,
     this_process,
 )
-from evaluate import Evaluator, completions, eval_rows, inputs, zeroed_attention
-from hf import DTYPES, fingerprint, load_model, read_config, save_model, tokenizer_spec
+from evaluate import Evaluator, completions, eval_rows, zeroed_attention
+from hf import DTYPES, fingerprint, save_model
 from hybrid_layers import (
     cast_trunk,
     check_transfer,
-    convert_config,
-    convert_layers,
-    copy_mixers,
     mixer_parameters,
     resolve_kernels,
     restore_layers,
     use_kernels,
 )
-from layers import Attention, attention_kernel
+from layers import attention_kernel
 from model import Transformer
 from objectives import AlignObjective, HeadObjective
 from ops.float8_linear import float8_copy, supports_float8
 from prompts import IN_RUN, PROMPTS
 from recompute import set_recompute
-from search import (
-    FILE,
-    choose_layers,
-    pattern_table,
-    read_choice,
-    uniform_pattern,
-    write_choice,
-)
+from search import FILE, choose_layers, pattern_table, read_choice, write_choice
+from student import build_models, calibrate, mixer_shape, preflight, set_trainable
 from tokenizer import load_tokenizer
 from trainer import (
     Run,
     StagePlan,
-    check_run_folder,
     compile_wanted,
     finish,
     open_data,
@@ -80,172 +61,6 @@ from trainer import (
     train_stage,
     warm_up,
 )
-
-
-def mixer_shape(cfg: DistillConfig) -> dict:
-    """The flags that shape new mixers."""
-    names = ("linear_rope", "linear_gate", "linear_conv", "linear_feature_map", "linear_window")
-    return {name: getattr(cfg, name) for name in names}
-
-
-def preflight(cfg: DistillConfig) -> tuple[list[int], str, ModelConfig, bool]:
-    """What can be refused before a device or a process group is touched. Returns the converted
-    layers, the tokenizer, the student's shape and whether the student is converted here."""
-    if not Path(cfg.teacher).is_dir():
-        name = Path(cfg.teacher).name
-        known = "" if name == "smollm2-135m" else f" ORG/NAME --out {cfg.teacher}"
-        raise UserError(
-            f"--teacher: no folder {cfg.teacher}; fetch it with "
-            f"python scripts/download_model.py{known}"
-        )
-    config = read_config(cfg.teacher)
-    source = config
-    if cfg.student:
-        if not Path(cfg.student).is_dir():
-            raise UserError(f"--student: no folder {cfg.student}")
-        source = read_config(cfg.student)
-    theirs = config.layer_types if len(config.layer_types) == len(source.layer_types) else None
-    if cfg.student and theirs is None and "sliding_attention" in source.layer_types:
-        raise UserError(
-            f"--student: {source.num_hidden_layers} layers, some sliding, found; a teacher of as "
-            f"many, not {config.num_hidden_layers}, expected: it tells which were converted"
-        )
-    layers = [
-        i for i, kind in enumerate(source.layer_types)
-        if kind == "linear_attention"
-        or (kind == "sliding_attention" and theirs and theirs[i] == "full_attention")
-    ]  # fmt: skip
-    convert = not layers
-    if convert:
-        if auto_share(cfg.layers) is None or cfg.keep_layers:
-            layers = parse_layers(cfg.layers, source.num_hidden_layers, cfg.keep_layers)
-        else:  # all are aligned, then some are chosen
-            layers = [i for i, t in enumerate(source.layer_types) if t == "full_attention"]
-            uniform_pattern(layers, auto_share(cfg.layers))
-        source = convert_config(source, layers, cfg.mixer, **mixer_shape(cfg))
-        if cfg.aligned:
-            if not Path(cfg.aligned).is_dir():
-                raise UserError(f"--aligned: no folder {cfg.aligned}")
-            check_aligned(cfg, read_config(cfg.aligned), source, layers)
-        elif auto_share(cfg.layers) is not None and cfg.stage_names()[0] != "align":
-            raise UserError(
-                f"--layers: {cfg.layers} found; it chooses from an aligned student, so the stage "
-                f"align, or a folder as --aligned, expected"
-            )
-    if "align" in cfg.stage_names():
-        same = ("hidden_size", "num_hidden_layers", "head_dim", "num_attention_heads")
-        odd = [n for n in same if getattr(source, n) != getattr(config, n)]
-        if odd:
-            raise UserError(
-                f"--stages: align compares layer by layer, but the student's {odd[0]} is "
-                f"{getattr(source, odd[0])} and the teacher's {getattr(config, odd[0])}"
-            )
-        if not layers:
-            raise UserError("--layers: none found, align needs at least one converted layer")
-    for name in cfg.stage_names():
-        if not layers and getattr(cfg, name).train == "mixers":
-            raise UserError(f"--layers: none found, but {name} trains mixers (--{name}_train)")
-        if cfg.trunk_dtype == "bfloat16" and getattr(cfg, name).use_muon:
-            raise UserError(
-                f"--trunk_dtype: bfloat16 found, but {name} uses Muon; float32 expected"
-            )
-    spec = cfg.tokenizer or tokenizer_spec(cfg.teacher)
-    tokenizer = load_tokenizer(spec)
-    if tokenizer.vocab_size > config.vocab_size:
-        raise UserError(
-            f"--tokenizer: {tokenizer.name} has {tokenizer.vocab_size} tokens, the teacher's "
-            f"embedding {config.vocab_size} rows"
-        )
-    mine = load_tokenizer(tokenizer_spec(cfg.teacher))
-    other = load_tokenizer(tokenizer_spec(cfg.student)) if cfg.student else tokenizer
-    for flag, t in (("tokenizer", tokenizer), ("student", other)):
-        if t.hash != mine.hash:
-            raise UserError(
-                f"--{flag}: tokenizer {t.name} ({t.hash}) found, the teacher's {mine.name} "
-                f"({mine.hash}) expected"
-            )
-    check_run_folder(cfg)
-    return layers, spec, source, convert
-
-
-def check_aligned(cfg, found: ModelConfig, wanted: ModelConfig, layers: list[int]) -> None:
-    """UserError unless the model of --aligned has the mixers wanted at `layers`."""
-    if found.num_hidden_layers != wanted.num_hidden_layers:
-        raise UserError(
-            f"--aligned: {found.num_hidden_layers} layers found, {wanted.num_hidden_layers} "
-            f"expected"
-        )
-    for i in layers:
-        mine, theirs = (
-            c.mixer_name(i) if c.layer_types[i] == "linear_attention" else c.layer_types[i]
-            for c in (wanted, found)
-        )
-        if mine != theirs:
-            raise UserError(f"--aligned: {theirs} found at layer {i}, {mine} expected")
-
-
-def build_models(
-    cfg: DistillConfig, layers: list[int], convert: bool, world: World, dtype: torch.dtype
-) -> tuple[Transformer, Transformer, Transformer, bool]:
-    """(teacher, source, student, shared): the frozen teacher in the compute type, the model whose
-    layers were converted (the teacher, or --student as it was), and the student, whose trunk is
-    the teacher's own where only mixers train, else a copy in --trunk_dtype."""
-    teacher = load_model(cfg.teacher, dtype=dtype, device=world.device)
-    teacher.eval().requires_grad_(False)
-    stages = [getattr(cfg, name) for name in cfg.stage_names()]
-    only_mixers = all(s.train == "mixers" for s in stages)
-    shared = not cfg.student and only_mixers and cfg.share_trunk == "auto"
-    source = teacher
-    if not cfg.student:
-        student = convert_layers(
-            teacher, layers, mixer=cfg.mixer, share_trunk=shared, transfer=cfg.transfer,
-            **mixer_shape(cfg),
-        )  # fmt: skip
-    else:
-        source = student = load_model(cfg.student, dtype=torch.float32, device=world.device)
-        if convert and layers:
-            student = convert_layers(
-                source, layers, mixer=cfg.mixer, transfer=cfg.transfer, **mixer_shape(cfg)
-            )
-    if convert and cfg.aligned:
-        copy_mixers(student, load_model(cfg.aligned, device=world.device), layers)
-    if cfg.trunk_dtype == "bfloat16" and dtype == torch.float32:
-        raise UserError("--trunk_dtype: bfloat16 found, float32 expected, as the compute type is")
-    if cfg.trunk_dtype != "float32" and not shared:
-        cast_trunk(student, layers, DTYPES[cfg.trunk_dtype])
-    return teacher, source, student.train(), shared
-
-
-@torch.no_grad()
-def calibrate(
-    run: Run, source: Transformer, student: Transformer, layers: list[int], data: TokenDataset
-) -> dict[int, float]:
-    """Fit decays, gates and output scales to the layers replaced, on a few training rows; layer ->
-    relative error afterwards."""
-    parts = run.cfg.transfer
-    seq_len = min(512, run.cfg.calibrate_tokens)
-    rows = max(1, run.cfg.calibrate_tokens // seq_len)
-    loader = PackedLoader(
-        data, seq_len=seq_len, rows_per_step=rows, micro_batch=rows, seed=run.cfg.seed, prefetch=0
-    )
-    batch = loader.next_step()[0].to(run.world.device)
-    loader.close()
-    errors = {}
-    with run.amp():
-        for i, normed, target, seq in source.attention_taps(**inputs(batch), layers=layers):
-            soft, distances = source.layers[i].attention, None
-            if parts.decay and isinstance(soft, Attention):
-                distances = soft.distances(normed, seq)
-            mixer = student.layers[i].attention
-            errors[i] = mixer.calibrate(normed, target, seq, parts, distances)
-    return errors
-
-
-def set_trainable(student: Transformer, stage: StageConfig, layers: list[int]) -> None:
-    """Which parameters the stage trains."""
-    mixers = mixer_parameters(student, layers)
-    for name, p in student.named_parameters():
-        p.requires_grad_(stage.train == "all" or name in mixers)
 
 
 class Table:

@@ -7,7 +7,7 @@ from contextlib import nullcontext
 
 import pytest
 import torch
-from conftest import call_script
+from conftest import call_script, run_python
 from kit import tiny_model
 from test_runs import kd_flags, weights
 
@@ -209,3 +209,24 @@ def test_aligned_mixers_are_taken_over(tiny_teacher, tiny_data, tmp_path, refuse
     assert "--aligned" in call("x", "--aligned=nowhere")
     assert "--aligned" in call("x", "--layers=auto:0.5", "--stages=distill")
     assert "auto:0.9 found" in call("x", "--layers=auto:0.9")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("scorer", ["swap", "gates"])
+def test_two_ranks_choose_alike(scorer, tiny_teacher, tiny_data, tmp_path):
+    """The scores are those of one process up to rounding (swap); both ranks restore the same."""
+    more = (*FLAGS, "--stages=align", f"--search_scorer={scorer}", "--search_gate_steps=20",
+            "--dtype=float32")  # fmt: skip
+    flags = {n: kd_flags(tiny_teacher, tiny_data, tmp_path, f"r{n}", *more) for n in (1, 2)}
+    call_script("train_kd", *flags[1])
+    run_python("train_kd.py", *flags[2], ranks=2)
+    one, two = (
+        json.loads((tmp_path / f"r{n}" / "layer_scores.json").read_text()) for n in (1, 2)
+    )
+    config = read_config(tmp_path / "r2" / "model")
+    letters = "".join("L" if i in two["linear"] else "F" for i in range(4))
+    assert config.layer_map() == letters
+    if scorer == "swap":
+        assert one["linear"] == two["linear"]
+        for a, b in zip(one["layers"], two["layers"], strict=True):
+            assert a["kl"] == pytest.approx(b["kl"], rel=1e-2)
