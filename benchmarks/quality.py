@@ -9,8 +9,8 @@ r"""Ablations of distillation: tables of rows, each one run of train_kd.py and o
 A row is the base (--base, --train) and some flags; the first of a table is what the others are
 compared with. A run is known by the flags that differ from the base, so tables share runs, and
 what is finished is not run again: the same command goes on with an interrupted series. The runs
-lie in --out beside their logs, with quality.json and quality.md. Rows side by side (--jobs) share
-the device: their tok/s and minutes are not those of a row alone.
+lie in --out beside their logs, with quality.json and quality.md. Rows side by side (--jobs) are
+divided over the GPUs; where they share one, tok/s and minutes are not those of a row alone.
 Check: `pytest tests/test_quality.py`.
 """
 
@@ -28,6 +28,8 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+
+import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -85,6 +87,7 @@ class Job:
     seed: int
     step: str = "train"  # then evaluate
     process: subprocess.Popen | None = None
+    device: str = ""  # as in CUDA_VISIBLE_DEVICES; empty without CUDA
     begun: float = 0.0  # of the row; seconds of time.monotonic
     step_begun: float = 0.0
 
@@ -114,14 +117,23 @@ def command(job: Job, args) -> list[str]:
     return [sys.executable, str(ROOT / "evaluate.py"), *words]
 
 
+def devices() -> list[str]:
+    """The GPUs that rows are divided over."""
+    given = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if given is not None:
+        return [name for name in given.split(",") if name]
+    return [str(i) for i in range(torch.cuda.device_count())]
+
+
 def start(job: Job, args) -> None:
     """Begin the job's step, in a process group of its own."""
     words, job.step_begun = command(job, args), time.monotonic()
+    env = os.environ | ({"CUDA_VISIBLE_DEVICES": job.device} if job.device else {})
     with open(Path(args.out) / f"{job.slug}.log", "ab") as log:
         log.write(f"$ {shlex.join(words)}\n".encode())
         log.flush()
         job.process = subprocess.Popen(
-            words, stdin=subprocess.DEVNULL, stdout=log, stderr=log, process_group=0
+            words, stdin=subprocess.DEVNULL, stdout=log, stderr=log, process_group=0, env=env
         )
 
 
@@ -188,6 +200,8 @@ def run_jobs(waiting: list[Job], args) -> int:
                 job, *waiting = waiting
                 job.begun = time.monotonic()
                 job.step = "evaluate" if timing(job, args).get("trained") else "train"
+                taken = [other.device for other in running]
+                job.device = min(devices(), key=taken.count, default="")
                 running.append(job)
                 start(job, args)
             for job in list(running):

@@ -26,15 +26,16 @@ TABLES: dict[str, dict[str, list[str]]] = {
     "lr": {
         "base": [],
         **{
-            f"lr={lr} mixer_lr={mixer_lr}": [f"--distill_lr={lr}", f"--distill_mixer_lr={mixer_lr}"]
-            for lr, mixer_lr in (
-                ("7e-6", "1e-4"),
-                ("1e-4", "3e-4"),
-                ("1e-4", "1e-3"),
-                ("3e-4", "1e-3"),
+            f"mixer_lr={mixer_lr} lr={lr}": [f"--distill_mixer_lr={mixer_lr}", f"--distill_lr={lr}"]
+            for mixer_lr, lr in (
+                ("1e-4", "7e-6"),
+                ("1e-3", "1e-4"),
+                ("1e-3", "3e-4"),
+                ("2e-3", "1e-3"),
+                ("4e-3", "3e-4"),
             )
         },
-        "align_lr=3e-3": ["--align_lr=3e-3"],
+        **{f"align_lr={lr}": [f"--align_lr={lr}"] for lr in ("1e-3", "3e-3", "1e-2")},
         "align_muon": ["--align_use_muon=True"],
         "muon": ["--use_muon=True"],
     },

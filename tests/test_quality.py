@@ -94,11 +94,11 @@ def test_a_row_is_known_by_what_differs_from_the_base():
     def name(*flags, **changes):
         return slug(quality.changes(arguments(**changes), list(flags)))
 
-    assert name() == name("--layers=3:1") == name("--distill_lr=0.00003") == "base"
+    assert name() == name("--layers=3:1") == name("--distill_lr=0.0003") == "base"
     assert name("--distill_loss=forward_kl") == name("--mixer=gated_deltanet") == "base"
     assert name("--distill_lr=1e-4") == "distill_lr-1e-4"
     assert name("--distill_lr=1e-4", train="--distill_lr 1e-4") == "base"
-    assert name("--distill_lr=3e-5", train="--distill_lr 1e-4") == "distill_lr-3e-5"
+    assert name("--distill_lr=3e-4", train="--distill_lr 1e-4") == "distill_lr-3e-4"
     assert name("--distill_kd_weight=0", "--distill_ce_weight=1", "--distill_top_k=0") == (
         "distill_ce_weight-1+distill_kd_weight-0"
     )
@@ -113,8 +113,7 @@ def test_every_table_begins_with_its_base():
     for table, rows in tables.items():
         names = [slug(quality.changes(args, flags)) for flags in rows.values()]
         assert table == "share" or names[0] == "base"
-        again = {"lr": 2}.get(table, 0)  # two values of the grid are the base's
-        assert len(set(names)) == len(names) - again, (table, names)
+        assert len(set(names)) == len(names), (table, names)
     assert list(TABLES["mixers"]) == list(MIXERS)
     assert list(TABLES["transfer"]["all-off"]) == [
         f"--transfer_{part}=False" for part in ("conv", "beta", "decay", "gate", "scale")
@@ -231,12 +230,34 @@ def test_no_row_begins_after_the_last_minute(series, capsys):
     assert [s for s, _ in series.steps] == ["base", "base"]
 
 
+def test_rows_are_divided_over_gpus(series, monkeypatch):
+    """Two of three at once on the first, since the second has one; nothing set without any."""
+    code = (
+        FAKE
+        + """
+import os, time
+with open(os.path.join(sys.argv[1], "..", "gpus"), "a") as f:
+    f.write(os.environ.get("CUDA_VISIBLE_DEVICES", "none") + "\\n")
+time.sleep(2)
+"""
+    )
+    rows = ("base", "conv=off", "beta=off")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,7")
+    for step in ("base", "transfer_conv-false", "transfer_beta-false"):
+        series.code[step, "train"] = code
+    assert series.run("transfer", "--rows", *rows, "--jobs=3") == 0
+    assert sorted((series.out / "gpus").read_text().split()) == ["4", "4", "7"]
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    monkeypatch.setattr(quality.torch.cuda, "device_count", lambda: 2)
+    assert quality.devices() == ["0", "1"]
+
+
 def test_rows_of_other_settings_are_not_mixed(series, capsys):
     assert series.run("transfer", "--rows", "base") == 0
     capsys.readouterr()
     assert series.run("loss", "--train=--distill_lr=1e-4") == 2
     err = capsys.readouterr().err
-    assert err.startswith("error: --out: ") and "distill_lr 3e-05, not 0.0001" in err
+    assert err.startswith("error: --out: ") and "distill_lr 0.0003, not 0.0001" in err
     assert err.count("\n") == 1
 
 

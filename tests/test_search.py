@@ -220,9 +220,7 @@ def test_two_ranks_choose_alike(scorer, tiny_teacher, tiny_data, tmp_path):
     flags = {n: kd_flags(tiny_teacher, tiny_data, tmp_path, f"r{n}", *more) for n in (1, 2)}
     call_script("train_kd", *flags[1])
     run_python("train_kd.py", *flags[2], ranks=2)
-    one, two = (
-        json.loads((tmp_path / f"r{n}" / "layer_scores.json").read_text()) for n in (1, 2)
-    )
+    one, two = (json.loads((tmp_path / f"r{n}" / "layer_scores.json").read_text()) for n in (1, 2))
     config = read_config(tmp_path / "r2" / "model")
     letters = "".join("L" if i in two["linear"] else "F" for i in range(4))
     assert config.layer_map() == letters
