@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from config import UserError
-from shards import ShardWriter, TokenDataset
+from shards import ShardWriter, TokenDataset, split_names
 
 HELD_OUT = 0.05
 # Tests, tables and generated files teach nothing about prose or code.
@@ -116,7 +116,7 @@ def resolve_data(spec: str, tokenizer, *, cache_dir="data") -> str:
             return spec
     elif (Path(spec) / "meta.json").is_file():
         # One only to evaluate on has no training split.
-        split = "train" if any(Path(spec).glob("train*")) else "val"
+        split = "train" if "train" in split_names(spec) else "val"
         TokenDataset.open(spec, split).check_tokenizer(tokenizer)
         return spec
     raise UserError(

@@ -22,6 +22,7 @@ import json
 import math
 import statistics
 import time
+from collections.abc import Iterable
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -143,10 +144,13 @@ def standard_error(values: list[float]) -> float:
     return statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else 0.0
 
 
-def swap_scores(scorer: Scorer, candidates: list[int], keep: int, rounds: int) -> dict:
-    """layer -> its row. rounds 1: every layer by itself; more: the best one of a round stays
-    softmax, and its score counts above all that come after it."""
-    start = base = scorer.measure([])
+def swap_scores(
+    scorer: Scorer, candidates: list[int], keep: int, rounds: int, start: Measure
+) -> dict:
+    """Each layer's row, and the `keep` layers to stay softmax. start: of the all-linear student.
+    rounds 1: every layer by itself; more: the best one of a round stays softmax, and its score
+    counts above all that come after it."""
+    base = start
     rows: dict[int, dict] = {}
     chosen: list[int] = []
     for turn in range(rounds):
@@ -185,10 +189,10 @@ class Blend(nn.Module):
 
 def gate_scores(
     student: Transformer, teacher: Transformer, candidates: list[int], keep: int, *,
-    text: list[list[Batch]], asked: list[Batch], start: Measure, settings: Search, amp,
+    text: Iterable[list[Batch]], asked: list[Batch], start: Measure, settings: Search, amp,
     world: World, seed: int,
 ) -> dict:  # fmt: skip
-    """layer -> its row, whose score is the gate's value at the end. text: batches of each step."""
+    """As swap_scores, but a score is the gate's value at the end. text: batches of each step."""
     device, n = world.device, len(candidates)
     theta = nn.Parameter(torch.full((n,), math.log(keep / (n - keep)), device=device))
     optimizer = torch.optim.Adam([theta], lr=GATE_LR)
@@ -289,7 +293,7 @@ def choose_layers(
         loader.close()
     else:
         rounds = keep if settings.scorer == "greedy" else 1
-        found = swap_scores(scorer, candidates, keep, rounds)
+        found = swap_scores(scorer, candidates, keep, rounds, start)
     errors = [row["error"] for row in found["rows"] if "error" in row]
     linear = [i for i in candidates if i not in found["softmax"]]
     patterns = {

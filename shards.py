@@ -259,6 +259,11 @@ class TokenDataset:
             )
 
 
+def split_names(folder: str | Path) -> list[str]:
+    """The splits that a data set has."""
+    return list(_load_meta(Path(folder) / "meta.json")["splits"])
+
+
 def _open_shards(cls, folder: Path, split: str, verify: bool) -> TokenDataset:
     path = folder / "meta.json"
     if not path.is_file():

@@ -402,6 +402,7 @@ UNFIT = {
     "llama style": ("LF", {"qk_norm": False}, "qwen3_5_text", "without q/k-norm"),
     "linear biases": ("LF", {"linear_bias": True}, "qwen3_5_text", "linear_bias"),
     "linear rope": ("LF", {"linear_rope": True}, "qwen3_5_text", "linear_rope"),
+    "no gate": ("LF", {"linear_gate": False}, "qwen3_5_text", "linear_gate"),
     "sliding": ("LSF", {}, "qwen3_5_text", "layer 1 has a sliding window"),
     "sink": ("LF", {"attention_sink": True}, "qwen3_5_text", "sinks"),
     "some biases": ("LF", {"attention_bias": True}, "qwen3_5_text", "all or none"),

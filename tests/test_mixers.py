@@ -14,6 +14,7 @@ from kit import assert_close_rms, gradients, randomise, rms_ratio, stock, tiny_c
 from torch import nn
 
 from cache import Cache
+from config import UserError
 from hybrid_layers import MIXERS, build_mixer, convert_config
 from layers import Attention, apply_rope
 from mixers.base import inverse_silu, inverse_softplus
@@ -57,7 +58,9 @@ def formula(mixer, x, seq):
     g = -mixer.A_log.exp() * F.softplus(mixer.a_proj(x) + mixer.dt_bias)
     o, _ = naive_gated_delta_rule(q, k, v, g, mixer.b_proj(x).sigmoid())
     o = F.rms_norm(o, (mixer.value_dim,), mixer.o_norm.weight, mixer.o_norm.eps)
-    gate = F.silu(mixer.g_proj(x)).unflatten(-1, (-1, mixer.value_dim))
+    gate = 1
+    if mixer.g_proj is not None:
+        gate = F.silu(mixer.g_proj(x)).unflatten(-1, (-1, mixer.value_dim))
     return mixer.o_proj((o * gate).flatten(-2))
 
 
@@ -68,8 +71,9 @@ def formula(mixer, x, seq):
         {"linear_bias": True, "linear_rope": True},
         {"linear_num_key_heads": 2, "linear_num_value_heads": 6, "linear_value_head_dim": 5},
         {"linear_conv_kernel_dim": 1},
+        {"linear_gate": False},
     ],
-    ids=["plain", "bias+rope", "grouped", "no conv"],
+    ids=["plain", "bias+rope", "grouped", "no conv", "no gate"],
 )
 @pytest.mark.parametrize("length", [1, 67])
 def test_gated_deltanet_is_its_formula(shape, length):
@@ -80,6 +84,13 @@ def test_gated_deltanet_is_its_formula(shape, length):
         wanted = gradients(expected.square().sum(), mixer)
         for what, gradient in gradients(actual.square().sum(), mixer).items():
             assert_close_rms(gradient, wanted[what], 1e-8, what)
+
+
+def test_only_some_mixers_can_be_without_a_gate():
+    plain = make("gated_deltanet", length=4, linear_gate=False)[0]
+    assert not any(name.startswith("g_proj") for name, _ in plain.named_parameters())
+    with pytest.raises(UserError, match=r"linear_gate: False found, which gla"):
+        make("gla", length=4, linear_gate=False)
 
 
 @pytest.mark.parametrize("heads", [(4, 4), (2, 6)], ids=["equal heads", "more value heads"])
