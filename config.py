@@ -166,6 +166,9 @@ class StageConfig(Recipe):
     unique_tokens: int = opt(
         0, "align: cycle through so many tokens, keeping the teacher's outputs; 0 = off", low=0
     )
+    repeat_rows: float = opt(
+        0.0, "share of rows in which spans of their own text come again", low=0.0, high=1.0
+    )
     train: str = opt("all", "what is trained", choices=("all", "mixers"))
     loss: str = opt(
         "forward_kl", "distillation loss", choices=("forward_kl", "reverse_kl", "js", "mse")

@@ -33,6 +33,7 @@ __all__ = [
 ]
 
 IGNORE = -100
+REPEATED = (8, 128)  # tokens of a repeated span
 
 
 def permuted_index(i, n: int, seed: int, epoch: int):
@@ -92,13 +93,38 @@ class Batch:
         return replace(self, **moved)
 
 
-def pack_rows(dataset: TokenDataset, rows, seq_len: int, doc_mask: bool) -> Batch:
-    """Rows `tokens[i*T : i*T + T + 1]` as one Batch; the extra token is the last target."""
+def repeat_spans(tokens: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """A row [n] with spans that stand earlier in it in place of about half of its tokens: after an
+    eighth of it a span, as many fresh tokens, and so on. Spans have REPEATED tokens, short and long
+    ones alike often on a logarithmic scale, and begin anywhere before."""
+    tokens, low, high = tokens.copy(), *np.log(REPEATED)
+    at = len(tokens) // 8
+    while at < len(tokens):
+        span = min(int(np.exp(rng.uniform(low, high))), at, len(tokens) - at)
+        first = int(rng.integers(at - span + 1))
+        tokens[at : at + span] = tokens[first : first + span]
+        at += span + int(np.exp(rng.uniform(low, high)))
+    return tokens
+
+
+def pack_rows(
+    dataset: TokenDataset, rows, seq_len: int, doc_mask: bool, repeat: float = 0.0, seed: int = 0
+) -> Batch:
+    """Rows `tokens[i*T : i*T + T + 1]` as one Batch; the extra token is the last target. A share
+    `repeat` of them, chosen by `seed`, is a single document with repeated spans each."""
     count = len(rows)
     tokens = np.stack([dataset.read(int(row) * seq_len, seq_len + 1) for row in rows])
+    repeated = set()
+    for r, row in enumerate(rows) if repeat else ():
+        rng = np.random.default_rng((seed, int(row)))
+        if rng.random() < repeat:
+            tokens[r] = repeat_spans(tokens[r], rng)
+            repeated.add(r)
     inputs, labels = tokens[:, :-1], tokens[:, 1:].copy()  # [R, T]
     starts = [np.arange(count) * seq_len]  # where a document or row starts, in 0 .. N - 1
     for r, row in enumerate(rows):
+        if r in repeated:
+            continue
         first = int(row) * seq_len
         lo, hi = np.searchsorted(dataset.doc_ends, (first, first + seq_len), side="right")
         ends = dataset.doc_ends[lo:hi] - first  # in 1 .. T
@@ -134,7 +160,8 @@ class PackedLoader:
     Sample k of the run is row `permuted_index(k % n, n, seed, k // n)`, and a step takes the next
     `rows_per_step` samples, of which rank r gets every world-th: which samples a step sees, and in
     which order, depends on nothing but (data, seed, seq_len). `select` limits the run to those
-    row numbers. `prefetch` is how many steps a thread keeps ready, 0 for none.
+    row numbers. `repeat` is the share of rows with repeated spans (`repeat_spans`), the same ones
+    in every epoch. `prefetch` is how many steps a thread keeps ready, 0 for none.
     """
 
     def __init__(
@@ -149,6 +176,7 @@ class PackedLoader:
         seed: int = 0,
         doc_mask: bool = True,
         select: np.ndarray | None = None,
+        repeat: float = 0.0,
         prefetch: int = 2,
     ):
         assert 0 <= rank < world_size, (rank, world_size)
@@ -165,7 +193,7 @@ class PackedLoader:
         _require_row(dataset, seq_len)
         self.dataset, self.seq_len, self.doc_mask = dataset, seq_len, doc_mask
         self.rows_per_step, self.micro_batch = rows_per_step, micro_batch
-        self.rank, self.world_size, self.seed = rank, world_size, seed
+        self.rank, self.world_size, self.seed, self.repeat = rank, world_size, seed, repeat
         self.fingerprint = dataset.fingerprint
         self._select = None
         self.num_rows = dataset.num_rows(seq_len)
@@ -209,7 +237,8 @@ class PackedLoader:
         if self._select is not None:
             rows = self._select[rows]
         rows = rows[self.rank :: self.world_size].reshape(-1, self.micro_batch)
-        return [pack_rows(self.dataset, micro, self.seq_len, self.doc_mask) for micro in rows]
+        how = (self.seq_len, self.doc_mask, self.repeat, self.seed)
+        return [pack_rows(self.dataset, micro, *how) for micro in rows]
 
     def _fill(self, ready: queue.Queue, stop: threading.Event, first: int) -> None:
         item = None

@@ -367,7 +367,7 @@ def train_stage(
     loader = PackedLoader(
         data, seq_len=stage.seq_len, select=select, rows_per_step=plan.rows,
         micro_batch=plan.micro_batch, rank=world.rank, world_size=world.size, seed=plan.seed,
-        doc_mask=cfg.doc_mask,
+        doc_mask=cfg.doc_mask, repeat=stage.repeat_rows,
     )  # fmt: skip
     optimizer = stage_optimizer(plan, objective, world)
     start = 0

@@ -60,6 +60,10 @@ TABLES: dict[str, dict[str, list[str]]] = {
         "js": ["--distill_loss=js"],
         "cross-entropy": ["--distill_kd_weight=0", "--distill_ce_weight=1"],
     },
+    "repeat": {
+        "base": [],
+        **{f"repeat_rows={r}": [f"--distill_repeat_rows={r}"] for r in ("0.1", "0.25", "0.5")},
+    },
     "layers": {
         "3:1": ["--layers=3:1"],
         **{s: ["--layers=auto:0.75", f"--search_scorer={s}"] for s in ("swap", "greedy", "gates")},

@@ -15,6 +15,7 @@ from data import (
     eval_batches,
     pack_rows,
     permuted_index,
+    repeat_spans,
 )
 
 
@@ -104,6 +105,50 @@ def test_cu_seqlens_always_ends_with_the_length(tmp_path):
         assert cu[0] == 0 and cu[-1] == seq_len and cu.diff().sum() == seq_len
 
 
+def test_repeated_spans_stand_earlier_in_the_row():
+    fresh = np.arange(2049)
+    rows = [repeat_spans(fresh, np.random.default_rng(i)) for i in range(50)]
+    assert (fresh == np.arange(2049)).all()  # the argument is left alone
+    copied = np.stack(rows) != fresh
+    assert not copied[:, :256].any() and 0.4 < copied.mean() < 0.6
+    again = 0
+    for row in rows:
+        seen = set()
+        for t in range(1, len(row)):
+            pair = (row[t - 1], row[t])
+            again += row[t] != t and pair in seen
+            seen.add(pair)
+    assert 0.95 < again / copied.sum() < 0.99  # all but the first token of each span
+    assert len(repeat_spans(np.arange(9), np.random.default_rng(0))) == 9
+
+
+@pytest.mark.parametrize("doc_mask", [True, False])
+def test_a_share_of_the_rows_has_repeated_spans(dataset, doc_mask):
+    rows, seq_len = list(range(40)), 64
+    plain = pack_rows(dataset, rows, seq_len, doc_mask)
+    batch = pack_rows(dataset, rows, seq_len, doc_mask, 0.5, seed=3)
+    cut = lambda t: t.reshape(len(rows), seq_len)  # noqa: E731
+    changed = (cut(batch.input_ids) != cut(plain.input_ids)).any(1)
+    assert 10 < changed.sum() < 30
+    assert batch.num_valid == (batch.labels != IGNORE).sum() > plain.num_valid
+    for part in ("input_ids", "labels", "position_ids"):
+        new, old = cut(getattr(batch, part)), cut(getattr(plain, part))
+        assert torch.equal(new[~changed], old[~changed])
+    # Such a row is one document: each of its tokens may look at all before.
+    assert torch.equal(cut(batch.labels)[changed, :-1], cut(batch.input_ids)[changed, 1:])
+    assert (cut(batch.position_ids)[changed] == torch.arange(seq_len)).all()
+    if doc_mask:
+        starts = set(batch.cu_seqlens.tolist())
+        for row in np.flatnonzero(changed.numpy()):
+            assert starts.isdisjoint(range(row * seq_len + 1, (row + 1) * seq_len))
+    again = pack_rows(dataset, rows[::-1], seq_len, doc_mask, 0.5, seed=3)
+    assert torch.equal(cut(again.input_ids).flip(0), cut(batch.input_ids))
+    other = pack_rows(dataset, rows, seq_len, doc_mask, 0.5, seed=4)
+    assert not torch.equal(other.input_ids, batch.input_ids)
+    every = pack_rows(dataset, rows, seq_len, doc_mask, 1.0)
+    assert (cut(every.labels) != IGNORE).all()
+
+
 def test_every_target_is_seen_once(dataset):
     """No token but the first is missing as a target: also the last target of each row."""
     seq_len = 16
@@ -164,15 +209,15 @@ def test_samples_do_not_depend_on_world_size(dataset, world_size, micro_batch):
 
 
 @pytest.mark.parametrize("steps", [0, 1, 9, 25])  # one epoch is about 23 steps
-@pytest.mark.parametrize("prefetch", [0, 3])
-def test_resume_is_exact(dataset, steps, prefetch):
-    whole = loader(dataset, prefetch=prefetch)
+@pytest.mark.parametrize("prefetch, repeat", [(0, 0.0), (3, 0.0), (3, 0.5)])
+def test_resume_is_exact(dataset, steps, prefetch, repeat):
+    whole = loader(dataset, prefetch=prefetch, repeat=repeat)
     for _ in range(steps):
         whole.next_step()
     state = json.loads(json.dumps(whole.state_dict()))
     assert state["samples"] == 12 * steps  # not what was only prefetched
     expected = [whole.next_step() for _ in range(30)]
-    resumed = loader(dataset, prefetch=prefetch)
+    resumed = loader(dataset, prefetch=prefetch, repeat=repeat)
     resumed.next_step()  # a loader already under way must drop what it has prepared
     resumed.load_state_dict(state)
     for batches in expected:

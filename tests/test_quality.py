@@ -108,7 +108,7 @@ def test_every_table_begins_with_its_base():
     args = arguments()
     tables = quality.all_tables(args)
     assert set(tables) == {
-        "lr", "transfer", "structure", "align_share", "loss", "layers", "share", "mixers",
+        "lr", "transfer", "structure", "align_share", "loss", "repeat", "layers", "share", "mixers",
     }  # fmt: skip
     for table, rows in tables.items():
         names = [slug(quality.changes(args, flags)) for flags in rows.values()]

@@ -122,6 +122,15 @@ def test_long_stage_and_evaluations_on_the_way(tiny_teacher, tiny_data, tmp_path
     assert [row["step"] for row in rows] == [2, 4, 8, 10, 12]
 
 
+def test_repeated_rows_are_a_setting_of_a_stage(tiny_teacher, tiny_data, tmp_path):
+    first = {}
+    for name, more in (("a", []), ("b", ["--distill_repeat_rows=1"])):
+        flags = kd_flags(tiny_teacher, tiny_data, tmp_path, name, "--max_steps=2")
+        call_script("train_kd", *flags, *more)
+        first[name] = metric_rows(tmp_path / name)
+    assert [first["a"][s] == first["b"][s] for s in (1, 2, 3)] == [True, True, False]
+
+
 def test_smoke_commands_in_small(tmp_path, capsys):
     """What `make smoke` runs, on the embedded corpus, for a few steps."""
     out = f"--save_model_dir={tmp_path}"
