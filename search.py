@@ -1,11 +1,13 @@
 """Which layers stay softmax: `train_kd.py --layers auto:0.75`.
 
 From one student whose layers are all linear and aligned, so that nothing is trained for a single
-choice. Three scorers:
+choice. Four scorers:
 
     swap     each layer by itself is made softmax again; how much nearer the student comes to the
-             teacher is its score (the swap-one score of HALO, arXiv 2601.22156)
-    greedy   the same round by round: the best layer stays softmax, the others are scored again
+             teacher is its score (arXiv 2512.20569, there after training each such student)
+    drop     each layer by itself is linear, in the teacher; how much farther that is from the
+             teacher is its score (arXiv 2601.22156)
+    greedy   swap round by round: the best layer stays softmax, the others are scored again
     gates    out = a softmax(x) + (1 - a) linear(x) in every layer; the gates a are learned together
              while their sum is held to the number of softmax layers wanted. They are relaxed
              Bernoulli variables (Louizos et al. 2018, arXiv 1712.01312) and end near 0 or 1
@@ -172,6 +174,17 @@ def swap_scores(
     return {"rows": [rows[i] for i in candidates], "softmax": sorted(order[:keep])}
 
 
+def drop_scores(scorer: Scorer, candidates: list[int], keep: int, start: Measure) -> dict:
+    """As swap_scores, with all layers but one softmax."""
+    whole, rows = scorer.measure(candidates), []
+    for i in candidates:
+        found = scorer.measure([j for j in candidates if j != i])
+        score, error = scorer.gain(found, whole, start)
+        rows.append({"layer": i, **found.means(), "score": score, "error": error})
+    order = sorted(rows, key=lambda row: -row["score"])
+    return {"rows": rows, "softmax": sorted(row["layer"] for row in order[:keep])}
+
+
 class Blend(nn.Module):
     """A block whose attention is a softmax(x) + (1 - a) linear(x)."""
 
@@ -291,6 +304,8 @@ def choose_layers(
             asked=ask(seed + 1, micro), world=world, seed=seed,
         )  # fmt: skip
         loader.close()
+    elif settings.scorer == "drop":
+        found = drop_scores(scorer, candidates, keep, start)
     else:
         rounds = keep if settings.scorer == "greedy" else 1
         found = swap_scores(scorer, candidates, keep, rounds, start)

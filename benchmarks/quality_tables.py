@@ -66,7 +66,10 @@ TABLES: dict[str, dict[str, list[str]]] = {
     },
     "layers": {
         "3:1": ["--layers=3:1"],
-        **{s: ["--layers=auto:0.75", f"--search_scorer={s}"] for s in ("swap", "greedy", "gates")},
+        **{
+            scorer: ["--layers=auto:0.75", f"--search_scorer={scorer}"]
+            for scorer in ("swap", "drop", "greedy", "gates")
+        },
     },
     "share": {
         **{

@@ -124,7 +124,7 @@ def lopsided(tiny_teacher):
     return teacher.eval().requires_grad_(False)
 
 
-@pytest.mark.parametrize("scorer", ["swap", "greedy", "gates"])
+@pytest.mark.parametrize("scorer", ["swap", "drop", "greedy", "gates"])
 def test_layers_that_matter_stay_softmax(scorer, lopsided, tiny_data):
     student = convert_layers(lopsided, [0, 1, 2, 3])
     with torch.no_grad():  # badly aligned where attention matters, perfectly where it does not
