@@ -2,6 +2,7 @@ r"""Ablations of distillation: tables of rows, each one run of train_kd.py and o
 
     python benchmarks/quality.py transfer mixers --out runs/quality --data data/mix \
         --domains fiction=data/fiction,bbc=data/bbc --jobs 3
+    python benchmarks/quality.py --row "deep=--layers 12-29" --row "wide=--layers 0-17"
     python benchmarks/quality.py lr --seeds 0 1 --train="--distill_tokens 1000000"
     python benchmarks/quality.py --read runs/quality       # tables of what is there
     python benchmarks/quality.py --list                     # tables, rows and their flags
@@ -62,7 +63,14 @@ def base_config(args, **flags: str) -> DistillConfig:
 
 
 def all_tables(args) -> dict[str, dict[str, list[str]]]:
-    return TABLES | {"align_share": align_share(base_config(args))}
+    tables = TABLES | {"align_share": align_share(base_config(args))}
+    own = {}
+    for row in args.row:
+        name, named, flags = row.partition("=")
+        if not name or not named or name in own or flags.lstrip()[:2] not in ("", "--"):
+            raise UserError(f'--row: "{row}" found, "NAME=--flag value ..." expected')
+        own[name] = shlex.split(flags)
+    return tables | ({"own": own} if own else {})
 
 
 def changes(args, flags: list[str]) -> dict[str, str]:
@@ -243,7 +251,7 @@ def check(args) -> None:
 def plan(args) -> list[Job]:
     """The jobs of the rows asked for, no run twice; series.json gets their tables."""
     known, tables = all_tables(args), {}
-    for table in args.tables:
+    for table in [*args.tables, *(["own"] if args.row else [])]:
         if table not in known:
             raise UserError(f"'{table}' found, some of the tables {', '.join(known)} expected")
         tables[table] = known[table]
@@ -292,7 +300,7 @@ def remember(args, tables: dict[str, dict[str, dict[str, str]]]) -> None:
 
 def run_series(args) -> int:
     """Everything asked for that is not there yet. Returns how many rows failed."""
-    if not args.tables:
+    if not args.tables and not args.row:
         raise UserError(f"no table found, some of {', '.join(all_tables(args))} expected")
     check(args)
     jobs = plan(args)
@@ -322,6 +330,9 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--domains", default="", help="NAME=DATA,... to evaluate on; empty = data")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="every row once for each")
     parser.add_argument("--rows", nargs="+", help="only these rows of the tables")
+    parser.add_argument(
+        "--row", action="append", default=[], help='a row of the table "own": "NAME=--flag value"'
+    )
     parser.add_argument("--jobs", type=int, default=1, help="rows run side by side")
     parser.add_argument("--minutes", type=float, default=0.0, help="then start no row; 0 = no end")
     parser.add_argument("--timeout", type=float, default=0.0, help="seconds a row; 0 = no limit")

@@ -51,7 +51,7 @@ else:
 
 def arguments(**changes) -> SimpleNamespace:
     """Parsed flags, as far as the names of rows depend on them."""
-    found = dict(base=BASE, train="", teacher="models/t", data="stdlib")
+    found = dict(base=BASE, train="", teacher="models/t", data="stdlib", row=[])
     return SimpleNamespace(**found | changes)
 
 
@@ -252,6 +252,18 @@ time.sleep(2)
     assert quality.devices() == ["0", "1"]
 
 
+def test_rows_of_ones_own(series, capsys):
+    deep = ["--row", "deep=--layers 12-29 --distill_loss js"]
+    assert series.run("loss", "--rows", "deep", "js", "plain", "--row", "plain=", *deep) == 0
+    assert {s for s, _ in series.steps} == {
+        "base", "distill_loss-js", "distill_loss-js+layers-12-29",
+    }  # fmt: skip
+    assert series.run("--row", "shallow=--layers=0-3") == 0
+    tables = json.loads((series.out / "series.json").read_text())["tables"]
+    assert list(tables["own"]) == ["plain", "deep", "shallow"]
+    assert "own/shallow" in capsys.readouterr().out
+
+
 def test_rows_of_other_settings_are_not_mixed(series, capsys):
     assert series.run("transfer", "--rows", "base") == 0
     capsys.readouterr()
@@ -267,6 +279,8 @@ def test_bad_input_is_one_line(series, capsys, tmp_path):
         (["loss", "--train=--chess=1"], "--chess"), (["loss", "--train=x.yaml"], "--train"),
         (["loss", "--jobs=0"], "--jobs"), (["loss", "--seeds", "-1"], "--seed"),
         (["loss", "--domains", "a=nowhere"], "nowhere"),
+        (["--row", "deep"], "--row"), (["--row", "deep=--chess 1"], "--chess"),
+        (["--row", "deep=x.yaml"], "--row"), (["--row", "a=", "--row", "a=--seed 1"], "--row"),
         (["loss", "--recall_tasks=chess"], "chess"), (["--read", str(tmp_path)], "series.json"),
     ):  # fmt: skip
         assert series.run(*wrong) == 2, wrong
