@@ -259,7 +259,7 @@ def plan(args) -> list[Job]:
     for name in args.rows or names[:0]:
         if name not in names:
             raise UserError(f"--rows: '{name}' found, some of {', '.join(names)} expected")
-    wanted = set(args.rows or names)
+    wanted = {*(args.rows or names), *tables.get("own", ())}
     flags = {
         t: {n: changes(args, words) for n, words in rows.items() if n in wanted}
         for t, rows in tables.items()
@@ -329,7 +329,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--data", default="stdlib", help="data set to train on")
     parser.add_argument("--domains", default="", help="NAME=DATA,... to evaluate on; empty = data")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="every row once for each")
-    parser.add_argument("--rows", nargs="+", help="only these rows of the tables")
+    parser.add_argument("--rows", nargs="+", help="only these rows of the tables named")
     parser.add_argument(
         "--row", action="append", default=[], help='a row of the table "own": "NAME=--flag value"'
     )

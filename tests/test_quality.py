@@ -254,7 +254,7 @@ time.sleep(2)
 
 def test_rows_of_ones_own(series, capsys):
     deep = ["--row", "deep=--layers 12-29 --distill_loss js"]
-    assert series.run("loss", "--rows", "deep", "js", "plain", "--row", "plain=", *deep) == 0
+    assert series.run("loss", "--rows", "js", "--row", "plain=", *deep) == 0
     assert {s for s, _ in series.steps} == {
         "base", "distill_loss-js", "distill_loss-js+layers-12-29",
     }  # fmt: skip
