@@ -212,8 +212,8 @@ class Search:
     """How `--layers auto:SHARE` chooses the layers that become linear (search.py)."""
 
     scorer: str = opt(
-        "swap", "swap: each layer made softmax alone; drop: each made linear alone; greedy: softmax "
-        "one after another; gates: all at once", choices=("swap", "drop", "greedy", "gates"),
+        "swap", "swap: each layer softmax alone; drop: each linear alone; greedy: one by one, "
+        "gates: all at once", choices=("swap", "drop", "greedy", "gates"),
     )  # fmt: skip
     tokens: int = opt(65_536, "held-out tokens of a score", low=8)
     recall_samples: int = opt(16, "recall questions of each task in a score; 0 = none", low=0)
