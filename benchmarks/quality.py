@@ -195,11 +195,11 @@ def advance(job: Job, args) -> str | None:
     return None
 
 
-def run_jobs(waiting: list[Job], args) -> int:
-    """Run them, --jobs at a time. Returns how many failed."""
+def run_jobs(waiting: list[Job], args, signals: list[int]) -> int:
+    """Run them, --jobs at a time, until a signal is in `signals`. Returns how many failed."""
     begun, running, failed = time.monotonic(), [], 0
     try:
-        while waiting or running:
+        while (waiting or running) and not signals:
             if waiting and args.minutes and time.monotonic() - begun > 60 * args.minutes:
                 names = ", ".join(job.label for job in waiting)
                 print(f"{args.minutes:g} minutes are over, not started: {names}", flush=True)
@@ -307,14 +307,19 @@ def run_series(args) -> int:
     out = Path(args.out)
     missing = [job for job in jobs if not (out / job.slug / "eval.json").is_file()]
     print(f"{len(jobs)} runs, {len(jobs) - len(missing)} of them finished before", flush=True)
-    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    # Noted and not raised: an exception could come between a process and its place in the list.
+    signals: list[int] = []
+    note = lambda number, _: signals.append(number)  # noqa: E731
+    before = {n: signal.signal(n, note) for n in (signal.SIGTERM, signal.SIGINT)}
     try:
-        return run_jobs(missing, args)
-    except KeyboardInterrupt:
-        raise SystemExit(130) from None
+        failed = run_jobs(missing, args, signals)
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
         write_tables(out)
+    if signals:
+        raise SystemExit(128 + signals[0])
+    return failed
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -335,6 +335,8 @@ def test_a_signal_ends_the_children(tiny_teacher, tiny_data, tmp_path, number):
         if "\npid " in text and text.endswith("\n"):
             break
         time.sleep(0.1)
+    else:
+        pytest.fail(f"no child after a minute: {text}")
     driver.send_signal(number)
     assert driver.wait(30) == 128 + number
     child = int(text.split("\npid ")[1])
