@@ -310,7 +310,9 @@ def run_series(args) -> int:
     # Noted and not raised: an exception could come between a process and its place in the list.
     signals: list[int] = []
     note = lambda number, _: signals.append(number)  # noqa: E731
-    before = {n: signal.signal(n, note) for n in (signal.SIGTERM, signal.SIGINT)}
+    known = (signal.SIGTERM, signal.SIGINT)
+    heard = [n for n in known if signal.getsignal(n) != signal.SIG_IGN]  # background jobs ignore
+    before = {n: signal.signal(n, note) for n in heard}
     try:
         failed = run_jobs(missing, args, signals)
     finally:

@@ -314,7 +314,8 @@ def test_commands(tmp_path):
 
 
 DRIVER = r"""
-import sys
+import signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
 sys.path[:0] = [{root!r}]
 from benchmarks import quality
 child = "import subprocess, sys, time; p = subprocess.Popen([sys.executable, '-c', " \
