@@ -313,7 +313,7 @@ def choose_layers(
     linear = [i for i in candidates if i not in found["softmax"]]
     patterns = {
         name: scorer.measure([i for i in candidates if i not in those]).means()
-        for name, those in (("chosen", linear), ("uniform", uniform))
+        for name, those in (("chosen", linear), ("uniform", uniform), ("teacher", []))
     }
     return {
         "scorer": settings.scorer, "share": share, "baseline": start.means(),
@@ -341,10 +341,15 @@ def read_choice(folder: Path) -> dict:
 
 
 def pattern_table(found: dict, layers: int) -> list[dict]:
-    """The chosen and the uniform pattern, for the console."""
-    rows = []
-    for name, linear in (("chosen", found["linear"]), ("uniform", found["uniform"])):
-        letters = "".join("L" if i in linear else "F" for i in range(layers))
-        scores = {key: round(value, 4) for key, value in found["patterns"][name].items()}
-        rows.append({"pattern": name, "layers": letters, **scores})
-    return rows
+    """The chosen and the uniform pattern between what all linear and none scores, for the console.
+    found: of `choose_layers`."""
+    linear = {
+        "chosen": found["linear"], "uniform": found["uniform"],
+        "all linear": [row["layer"] for row in found["layers"]], "teacher": [],
+    }  # fmt: skip
+    scores = found["patterns"] | {"all linear": found["baseline"]}
+    return [
+        {"pattern": name, "layers": "".join("L" if i in those else "F" for i in range(layers))}
+        | {key: round(value, 4) for key, value in scores[name].items()}
+        for name, those in linear.items()
+    ]

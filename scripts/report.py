@@ -394,8 +394,12 @@ def layer_search(run: Folder) -> str:
     linear, base = set(found["linear"]), found["baseline"]
     count = 1 + max([row["layer"] for row in scores] + found["linear"] + found["uniform"])
     about = {"scorer": found["scorer"], "share of linear layers": found["share"]}
-    about |= {f"baseline {name}": f"{value:.4g}" for name, value in base.items()}
-    parts = [page.facts(about)]
+    scores_of = found.get("patterns", {}) | {"all linear": base}
+    patterns = [
+        {"layers": name} | {key: f"{value:.4g}" for key, value in scores_of[name].items()}
+        for name in ("chosen", "uniform", "all linear", "teacher") if name in scores_of
+    ]  # fmt: skip
+    parts = [page.facts(about), page.table(patterns, "patterns")]
     for title, chosen in (("chosen", linear), ("uniform", set(found["uniform"]))):
         letters = ["L" if i in chosen else "F" for i in range(count)]
         names = ["linear" if i in chosen else "softmax attention" for i in range(count)]

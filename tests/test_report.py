@@ -76,6 +76,7 @@ SCORES = {
         for i, s in enumerate((0.7, 0.1, 0.9, 0.3))
     ],
     "linear": [1, 3], "uniform": [0, 1],
+    "patterns": {"chosen": {"kl": 0.125, "recall_ce": 0.25}, "teacher": {"kl": 0.0}},
 }  # fmt: skip
 
 
@@ -290,10 +291,11 @@ def test_without_a_teacher(run):
 def test_layer_search(page, run):
     search = section(page, "Layer search")
     assert [letters(cells) for cells in search.all("ol", class_="layers")] == ["FLFL", "LLFF"]
-    assert facts(search) == {
-        "scorer": "swap", "share of linear layers": "0.5", "baseline kl": "0.25",
-        "baseline recall_ce": "0.5",
-    }  # fmt: skip
+    assert facts(search) == {"scorer": "swap", "share of linear layers": "0.5"}
+    assert search.one("table", class_="patterns").rows() == [
+        ["layers", "kl", "recall_ce"], ["chosen", "0.125", "0.25"], ["all linear", "0.25", "0.5"],
+        ["teacher", "0", "-"],
+    ]  # fmt: skip
     found = figures(search)
     assert set(found) == {
         "importance by layer", "KL by layer", "cross-entropy of recalled answers by layer",

@@ -149,7 +149,8 @@ def test_layers_that_matter_stay_softmax(scorer, lopsided, tiny_data):
         ids = torch.arange(40)[None]
         assert torch.allclose(student(ids), lopsided(ids), atol=1e-5)
     table = pattern_table(found, 4)
-    assert [row["layers"] for row in table] == ["LFFL", "LFLF"]
+    assert [row["layers"] for row in table] == ["LFFL", "LFLF", "LLLL", "FFFF"]
+    assert table[2]["kl"] == round(found["baseline"]["kl"], 4) > table[3]["kl"] == 0
     if scorer != "gates":
         assert found["noise"] >= 0 and scores[0] == pytest.approx(0, abs=1e-4)
 
