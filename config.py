@@ -212,11 +212,13 @@ class Search:
     """How `--layers auto:SHARE` chooses the layers that become linear (search.py)."""
 
     scorer: str = opt(
-        "swap", "swap: each layer softmax alone; drop: each linear alone; greedy: one by one, "
+        "swap", "swap: each layer softmax alone; drop: each linear alone; greedy: one by one; "
         "gates: all at once", choices=("swap", "drop", "greedy", "gates"),
     )  # fmt: skip
     tokens: int = opt(65_536, "held-out tokens of a score", low=8)
-    recall_samples: int = opt(16, "recall questions of each task in a score; 0 = none", low=0)
+    recall_samples: int = opt(
+        16, "prompts of passkey and key_value in a score, of others half as many; 0 = none", low=0
+    )
     seq_len: int = opt(1024, "tokens of a held-out row and of a recall question", low=8)
     recall_weight: float = opt(1.0, "weight of recall beside KL", low=0.0)
     gate_steps: int = opt(100, "training steps of the gates", low=1)

@@ -203,6 +203,7 @@ class PackedLoader:
             assert self._select.max() < self.num_rows, "select names rows past the end"
             self.num_rows = len(self._select)
             self.fingerprint += f"-{xxhash.xxh3_64_hexdigest(self._select.tobytes())}"
+        self.fingerprint += f"-repeat{repeat:g}" if repeat else ""
         self._samples = 0  # handed out, over all ranks
         self._prefetch = prefetch
         self._thread = self._error = None

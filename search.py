@@ -6,7 +6,7 @@ choice. Four scorers:
     swap     each layer by itself is made softmax again; how much nearer the student comes to the
              teacher is its score (arXiv 2512.20569, there after training each such student)
     drop     each layer by itself is linear, in the teacher; how much farther that is from the
-             teacher is its score (arXiv 2601.22156)
+             teacher is its score (arXiv 2601.22156, where it is recall's fall over reasoning's)
     greedy   swap round by round: the best layer stays softmax, the others are scored again
     gates    out = a softmax(x) + (1 - a) linear(x) in every layer; the gates a are learned together
              while their sum is held to the number of softmax layers wanted. They are relaxed
@@ -174,12 +174,14 @@ def swap_scores(
     return {"rows": [rows[i] for i in candidates], "softmax": sorted(order[:keep])}
 
 
-def drop_scores(scorer: Scorer, candidates: list[int], keep: int, start: Measure) -> dict:
+def drop_scores(
+    scorer: Scorer, candidates: list[int], keep: int, start: Measure, teacher: Measure
+) -> dict:
     """As swap_scores, with all layers but one softmax."""
-    whole, rows = scorer.measure(candidates), []
+    rows = []
     for i in candidates:
         found = scorer.measure([j for j in candidates if j != i])
-        score, error = scorer.gain(found, whole, start)
+        score, error = scorer.gain(found, teacher, start)
         rows.append({"layer": i, **found.means(), "score": score, "error": error})
     order = sorted(rows, key=lambda row: -row["score"])
     return {"rows": rows, "softmax": sorted(row["layer"] for row in order[:keep])}
@@ -291,7 +293,7 @@ def choose_layers(
     scorer = Scorer(
         student, teacher, text, asked, weight=settings.recall_weight, amp=amp, world=world
     )
-    start = scorer.measure([])
+    start, best = scorer.measure([]), scorer.measure(candidates)
     if settings.scorer == "gates":
         micro = max(1, rows // 4)  # with gradients
         loader = PackedLoader(
@@ -305,7 +307,7 @@ def choose_layers(
         )  # fmt: skip
         loader.close()
     elif settings.scorer == "drop":
-        found = drop_scores(scorer, candidates, keep, start)
+        found = drop_scores(scorer, candidates, keep, start, best)
     else:
         rounds = keep if settings.scorer == "greedy" else 1
         found = swap_scores(scorer, candidates, keep, rounds, start)
@@ -313,8 +315,8 @@ def choose_layers(
     linear = [i for i in candidates if i not in found["softmax"]]
     patterns = {
         name: scorer.measure([i for i in candidates if i not in those]).means()
-        for name, those in (("chosen", linear), ("uniform", uniform), ("teacher", []))
-    }
+        for name, those in (("chosen", linear), ("uniform", uniform))
+    } | {"teacher": best.means()}
     return {
         "scorer": settings.scorer, "share": share, "baseline": start.means(),
         "tokens": sum(b.num_valid for b in text), "layers": found["rows"], "linear": linear,

@@ -47,9 +47,17 @@ from tokenizer import load_tokenizer
 ROOT = Path(__file__).resolve().parent.parent
 
 
+def split_flags(flag: str, text: str) -> list[str]:
+    """As a shell would split `text`. UserError where a quote is not closed."""
+    try:
+        return shlex.split(text)
+    except ValueError as e:
+        raise UserError(f"{flag}: {text} found: {e}; flags as in a shell expected") from None
+
+
 def base_flags(args) -> dict[str, str]:
     """Flags that every row has."""
-    preset, flags = parse_argv(shlex.split(args.train))
+    preset, flags = parse_argv(split_flags("--train", args.train))
     if preset:
         raise UserError(f"--train: the preset {preset} found, flags expected; --base takes it")
     return {"teacher": args.teacher, "data": args.data} | flags
@@ -69,7 +77,7 @@ def all_tables(args) -> dict[str, dict[str, list[str]]]:
         name, named, flags = row.partition("=")
         if not name or not named or name in own or flags.lstrip()[:2] not in ("", "--"):
             raise UserError(f'--row: "{row}" found, "NAME=--flag value ..." expected')
-        own[name] = shlex.split(flags)
+        own[name] = split_flags("--row", flags)
     return tables | ({"own": own} if own else {})
 
 

@@ -248,6 +248,7 @@ def test_resume_refuses_another_order(dataset, tmp_path):
         (loader(dataset, seed=6), "--seed"),
         (loader(dataset, seq_len=8), "seq_len"),
         (loader(dataset, select=np.arange(50)), "--data"),
+        (loader(dataset, repeat=0.5), "--data"),
     ):
         with pytest.raises(UserError, match=rf"{flag}: cannot resume the data order"):
             changed.load_state_dict(state)

@@ -279,6 +279,7 @@ def test_bad_input_is_one_line(series, capsys, tmp_path):
         (["loss", "--train=--chess=1"], "--chess"), (["loss", "--train=x.yaml"], "--train"),
         (["loss", "--jobs=0"], "--jobs"), (["loss", "--seeds", "-1"], "--seed"),
         (["loss", "--domains", "a=nowhere"], "nowhere"),
+        (["--row", "deep=--run 'a"], "--row"), (["loss", "--train=--run 'a"], "--train"),
         (["--row", "deep"], "--row"), (["--row", "deep=--chess 1"], "--chess"),
         (["--row", "deep=x.yaml"], "--row"), (["--row", "a=", "--row", "a=--seed 1"], "--row"),
         (["loss", "--recall_tasks=chess"], "chess"), (["--read", str(tmp_path)], "series.json"),

@@ -151,7 +151,10 @@ def test_layers_that_matter_stay_softmax(scorer, lopsided, tiny_data):
     table = pattern_table(found, 4)
     assert [row["layers"] for row in table] == ["LFFL", "LFLF", "LLLL", "FFFF"]
     assert table[2]["kl"] == round(found["baseline"]["kl"], 4) > table[3]["kl"] == 0
-    if scorer != "gates":
+    if scorer != "gates":  # KL with layer 0 the only softmax one, or (drop) the only linear one
+        kl = {row["layer"]: row["kl"] for row in found["layers"]}
+        base = 0 if scorer == "drop" else found["baseline"]["kl"]
+        assert kl[0] == pytest.approx(base, abs=1e-5) and abs(kl[1] - base) > 0.01
         assert found["noise"] >= 0 and scores[0] == pytest.approx(0, abs=1e-4)
 
 
