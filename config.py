@@ -200,7 +200,7 @@ class Transfer:
 
     conv: bool = opt(True, "short convolutions pass on the present token; off = random")
     beta: bool = opt(True, "writing strength one half; off = random")
-    decay: bool = opt(False, "decays from the teacher's attention distances; off = spread")
+    decay: bool = opt(True, "decays from the teacher's attention distances; off = spread")
     gate: bool = opt(True, "output gate fitted to be open; off = random")
     scale: bool = opt(True, "output scale of every head by least squares; off = 1")
     kv: str = opt("heads", "how grouped k and v are expanded; rows = wrongly, as some published "
