@@ -18,7 +18,7 @@ from pathlib import Path
 
 import yaml
 
-from config import ALIASES, REFUSED, STAGES, DistillConfig, UserError
+from config import ALIASES, REFUSED, STAGES, DistillConfig, Stopped, UserError
 
 
 def _coerce(flag: str, text, annotation, meta):
@@ -173,7 +173,7 @@ def run_main(cls, main, argv: list[str] | None = None, default_preset=None) -> N
     """Parse the command line of a training script into a `cls` and call `main(cfg, command)`.
 
     `default_preset(flags)` names the preset when none is given. A UserError becomes one line on
-    stderr (rank 0 only) and exit code 2.
+    stderr (rank 0 only) and exit code 2; a run stopped by a signal exits with 128 + its number.
     """
     argv = sys.argv[1:] if argv is None else argv
     if any(a in ("--help", "-h", "-help") for a in argv):
@@ -187,8 +187,16 @@ def run_main(cls, main, argv: list[str] | None = None, default_preset=None) -> N
                 print(f"preset: {preset} (no --config given)", flush=True)
         main(load_config(cls, flags, preset), argv)
     except UserError as e:
-        if os.environ.get("RANK", "0") == "0":
-            print(f"error: {e}", file=sys.stderr, flush=True)
-        else:  # torchrun stops every rank when the first one ends: that must be the one that speaks
-            time.sleep(5)
+        _say_once(f"error: {e}", 5)
         raise SystemExit(2) from None
+    except Stopped as e:
+        _say_once(str(e), 1)
+        raise SystemExit(128 + e.number) from None
+
+
+def _say_once(line: str, seconds: float) -> None:
+    """From rank 0. torchrun ends every rank when the first one ends: the others wait for it."""
+    if os.environ.get("RANK", "0") == "0":
+        print(line, file=sys.stderr, flush=True)
+    else:
+        time.sleep(seconds)

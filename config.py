@@ -10,6 +10,14 @@ import math
 from dataclasses import dataclass, field
 
 
+class Stopped(Exception):
+    """A run ended early because of the signal `number`; the message says what is left of it."""
+
+    def __init__(self, number: int, message: str):
+        super().__init__(message)
+        self.number = number
+
+
 class UserError(ValueError):
     """A user's mistake: the command line prints it as one line and exits with code 2."""
 

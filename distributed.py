@@ -1,12 +1,14 @@
-"""Ranks and devices: process groups, DDP, gradient sums outside DDP, per-block compile.
+"""Ranks and devices: process groups, DDP, gradient sums outside DDP, per-block compile, signals.
 
 `parallelize` is the one place that decides how a module is spread; FSDP2 will be a second branch.
-Check: `pytest tests/test_runs.py`.
+Check: `pytest tests/test_runs.py tests/faults`.
 """
 
 from __future__ import annotations
 
 import os
+import signal
+import time
 from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import timedelta
@@ -16,6 +18,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from config import UserError
+
+ONE_SIGNAL = 2.0  # seconds: who stops a job may tell each process, and torchrun tells them again
+_hosts: dist.ProcessGroup | None = None  # for what hosts tell each other, apart from tensors' sums
 
 
 @dataclass(frozen=True)
@@ -76,12 +81,58 @@ def start(world: World) -> None:
         timeout=timedelta(minutes=30),
         device_id=world.device if cuda else None,
     )
+    global _hosts
+    _hosts = dist.new_group(backend="gloo")
 
 
 def stop() -> None:
-    """Leave the process group."""
+    """Leave the process groups."""
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+class StopSignals:
+    """Within it SIGTERM and SIGINT are noted, so that a run can end between two steps. One more,
+    seconds later, ends the process at once, as does the first one anywhere else."""
+
+    def __init__(self, world: World):
+        self.world, self.heard, self.when = world, 0, 0.0
+        self.asked: tuple | None = None  # the ranks' answer, on its way
+
+    def __enter__(self) -> StopSignals:
+        known = (signal.SIGTERM, signal.SIGINT)
+        heard = [n for n in known if signal.getsignal(n) != signal.SIG_IGN]  # nohup's stay ignored
+        self.before = {n: signal.signal(n, self._note) for n in heard}
+        return self
+
+    def __exit__(self, *_) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, _) -> None:
+        now = time.monotonic()
+        if self.heard and now - self.when > ONE_SIGNAL:
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+        elif not self.heard:
+            self.heard, self.when = number, now
+
+    def agreed(self, last: bool = False) -> int:
+        """The signal that every rank stops for now, 0 for none; every rank asks after each step.
+        What a rank has heard reaches the others while the next step runs, so that none waits for
+        it; after the `last` step they wait."""
+        if self.world.size == 1:
+            return self.heard
+        number = self._answer() if self.asked else 0
+        flag = torch.tensor(self.heard)
+        work = dist.all_reduce(flag, dist.ReduceOp.MAX, group=_hosts, async_op=True)
+        self.asked = work, flag
+        return max(number, self._answer()) if last or number else 0
+
+    def _answer(self) -> int:
+        work, flag = self.asked
+        work.wait()
+        return int(flag)
 
 
 def barrier(world: World) -> None:

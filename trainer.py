@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import gc
 import shlex
+import signal
 import time
 from collections.abc import Callable
 from contextlib import contextmanager, nullcontext
@@ -23,10 +24,10 @@ import yaml
 
 import checkpoint
 from cli import to_dict
-from config import ModelConfig, StageConfig, TrainConfig, UserError
+from config import ModelConfig, StageConfig, Stopped, TrainConfig, UserError
 from corpus import resolve_data
 from data import PackedLoader, TokenDataset, permuted_index
-from distributed import World, all_sum, barrier, main_says
+from distributed import StopSignals, World, all_sum, barrier, main_says
 from flops import kept_bytes
 from hybrid_layers import MIXERS
 from layers import ShortConvolution, sdpa_priority
@@ -383,7 +384,7 @@ def train_stage(
     log = StepLog(run, plan, timer, flop_rates(run, plan, student, teacher))
     profiler = open_profiler(run) if cfg.profile else nullcontext()
     try:
-        with quiet_gc(), profiler as step_done:
+        with quiet_gc(), profiler as step_done, StopSignals(world) as signals:
             for step in range(start, plan.steps):
                 if step % GC_EVERY == 0:
                     gc.collect(1)
@@ -396,19 +397,30 @@ def train_stage(
                     log.take(values)
                 if step_done is not None:
                     step_done()
+                number = signals.agreed(last)
                 due = cfg.eval_every and (step + 1) % cfg.eval_every == 0
-                if evaluate and due and not last:
+                if evaluate and due and not last and not number:
                     log.flush()
                     with timer.paused():
                         run.logger.log_eval(run.step, plan.name, evaluate())
-                if last or (cfg.save_every and (step + 1) % cfg.save_every == 0):
+                if last or number or (cfg.save_every and (step + 1) % cfg.save_every == 0):
                     log.flush()
                     with timer.paused():
                         save_step(run, plan, step + 1, objective, optimizer, loader)
+                if number:
+                    raise Stopped(number, stopped_line(run, number))
     finally:
         loader.close()
     run.done.add(plan.name)
     run.resumed = None  # later stages start afresh
+
+
+def stopped_line(run: Run, number: int) -> str:
+    """What a run that is stopped between two steps leaves behind, and how to go on."""
+    left = f"checkpoints in {run.folder}, --resume auto with --run {run.folder.name} goes on"
+    if not run.cfg.save_model:
+        left = "nothing is saved (--save_model=False)"
+    return f"stopped by {signal.Signals(number).name} after step {run.step}: {left}"
 
 
 @contextmanager

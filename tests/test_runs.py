@@ -24,7 +24,7 @@ from trainer import quiet_gc
 def kd_flags(teacher, data, out, run, *more):
     return [
         f"--teacher={teacher}", f"--data={data}", f"--save_model_dir={out}", f"--run_name={run}",
-        "--layers=1,2", "--device=cpu", "--eval_tokens=512", "--sample_tokens=3",
+        "--layers=1,2", "--device=cpu", "--dtype=float32", "--eval_tokens=512", "--sample_tokens=3",
         "--calibrate_tokens=256", "--config=tests/kd.yaml", *more,
     ]  # fmt: skip
 
@@ -32,9 +32,9 @@ def kd_flags(teacher, data, out, run, *more):
 def train_flags(data, out, run, *more):
     return [
         f"--data={data}", f"--save_model_dir={out}", f"--run_name={run}", "--device=cpu",
-        "--num_blocks=3", "--num_heads=2", "--embedding_dim=32", "--layers=1", "--context_len=32",
-        "--batch_size=1", "--accumulation_steps=4", "--max_steps=6", "--lr=3e-3",
-        "--warmup_steps=2", "--eval_tokens=256", "--sample_tokens=3", *more,
+        "--dtype=float32", "--num_blocks=3", "--num_heads=2", "--embedding_dim=32", "--layers=1",
+        "--context_len=32", "--batch_size=1", "--accumulation_steps=4", "--max_steps=6",
+        "--lr=3e-3", "--warmup_steps=2", "--eval_tokens=256", "--sample_tokens=3", *more,
     ]  # fmt: skip
 
 
