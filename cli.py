@@ -173,7 +173,7 @@ def run_main(cls, main, argv: list[str] | None = None, default_preset=None) -> N
     """Parse the command line of a training script into a `cls` and call `main(cfg, command)`.
 
     `default_preset(flags)` names the preset when none is given. A UserError becomes one line on
-    stderr (rank 0 only) and exit code 2; a run stopped by a signal exits with 128 + its number.
+    stderr (rank 0 only) and exit code 2; a run that is Stopped ends with its code.
     """
     argv = sys.argv[1:] if argv is None else argv
     if any(a in ("--help", "-h", "-help") for a in argv):
@@ -191,7 +191,7 @@ def run_main(cls, main, argv: list[str] | None = None, default_preset=None) -> N
         raise SystemExit(2) from None
     except Stopped as e:
         _say_once(str(e), 1)
-        raise SystemExit(128 + e.number) from None
+        raise SystemExit(e.code) from None
 
 
 def _say_once(line: str, seconds: float) -> None:

@@ -9,13 +9,15 @@ import dataclasses
 import math
 from dataclasses import dataclass, field
 
+DIVERGED = 3  # exit code
+
 
 class Stopped(Exception):
-    """A run ended early because of the signal `number`; the message says what is left of it."""
+    """A run ended early, with this exit code; the message says why and what is left of it."""
 
-    def __init__(self, number: int, message: str):
+    def __init__(self, code: int, message: str):
         super().__init__(message)
-        self.number = number
+        self.code = code
 
 
 class UserError(ValueError):
@@ -284,6 +286,11 @@ class TrainConfig:
     eval_every: int = opt(0, "steps between evaluations; 0 = at stage ends only", low=0)
     eval_tokens: int = opt(65_536, "held-out tokens per evaluation", low=8)
     eval_seq_len: int = opt(0, "tokens per held-out row; 0 = as in the last stage", low=0)
+    skip_spikes: float = opt(
+        0.0, "leave out steps whose gradient norm is so many times the median of the last 64; 0 = "
+        "only what is not finite", low=0.0,
+    )  # fmt: skip
+    max_skipped: int = opt(10, "steps left out one after another before the run gives up", low=1)
     sample_tokens: int = opt(32, "tokens of each sample completion; 0 = no samples", low=0)
     sample_temperature: float = opt(0.0, "of the sample completions; 0 = greedy", low=0.0)
     run: str = opt("", "name of the run; empty = script and time (under torchrun: --run_name)")

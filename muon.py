@@ -308,20 +308,22 @@ class Muon(torch.optim.Optimizer):
                 self.state[p]["momentum_buffer"] = torch.zeros_like(p)
 
     @torch.no_grad()
-    def step(self) -> None:
+    def step(self, go: Tensor | None = None) -> None:
+        """go: see ops/multi_tensor.py."""
         self.init_state()
         stacks = _make_stacks(self._matrices())
         for stack in stacks:
-            self._update_momentum(stack)
+            buffers, grads, mix = self._settings(stack)
+            stack.norms = stack.passes.momentum(buffers, grads, **mix, go=go)
         rounds = _deal(stacks, self.world_size)
         # One round is applied while the next is computed and sent: the exchange hides behind
         # Newton-Schulz, and at most two rounds of updates are alive.
         in_flight: list[tuple] = []
         for stacks in rounds:
             sent = [self._exchange(owner, stack) for owner, stack in stacks]
-            self._apply(in_flight)
+            self._apply(in_flight, go)
             in_flight = sent
-        self._apply(in_flight)
+        self._apply(in_flight, go)
 
     def _matrices(self) -> list[_Matrix]:
         matrices = []
@@ -339,10 +341,6 @@ class Muon(torch.optim.Optimizer):
         buffers = [m.momentum_buffer for m in stack.matrices]
         grads = [m.grad for m in stack.matrices]
         return buffers, grads, {"momentum": stack.matrices[0].momentum, "nesterov": self.nesterov}
-
-    def _update_momentum(self, stack: _Stack) -> None:
-        buffers, grads, mix = self._settings(stack)
-        stack.norms = stack.passes.momentum(buffers, grads, **mix)
 
     def _orthogonalise(self, stack: _Stack, out: Tensor) -> Tensor:
         buffers, grads, mix = self._settings(stack)
@@ -365,7 +363,7 @@ class Muon(torch.optim.Optimizer):
         work = dist.broadcast(flat, group_src=owner, group=self.process_group, async_op=True)
         return stack, update, work
 
-    def _apply(self, received: list[tuple]) -> None:
+    def _apply(self, received: list[tuple], go: Tensor | None) -> None:
         for stack, update, work in received:
             if work is not None:
                 work.wait()
@@ -375,5 +373,5 @@ class Muon(torch.optim.Optimizer):
             ):  # groups of parameters follow one another
                 params = [m.param for m in run]
                 some = update[first : first + len(params)]
-                stack.passes.update(params, some, shrink=shrink, scale=scale)
+                stack.passes.update(params, some, shrink=shrink, scale=scale, go=go)
                 first += len(params)

@@ -117,7 +117,8 @@ class AdamW(torch.optim.AdamW):
     tensors of a dtype take one launch."""
 
     @torch.no_grad()
-    def step(self) -> None:
+    def step(self, go: Tensor | None = None) -> None:
+        """go: see ops/multi_tensor.py."""
         for group in self.param_groups:
             beta1, beta2 = group["betas"]
             settings = {
@@ -132,7 +133,7 @@ class AdamW(torch.optim.AdamW):
                     launches[p.dtype, uses_triton(one[:4], KINDS)].append(one)
             for (_, triton), some in launches.items():
                 run = triton_adamw if triton else plain_adamw
-                run(*map(list, zip(*some, strict=True)), **settings)
+                run(*map(list, zip(*some, strict=True)), **settings, go=go)
 
 
 # Both optimizers together
@@ -148,6 +149,7 @@ class OptimizerSet:
         self.muon, self.adamw = muon, adamw
         self.optimizers = [o for o in (muon, adamw) if o is not None]
         assert self.optimizers
+        self.ours = all(isinstance(o, (Muon, AdamW)) for o in self.optimizers)
         for group in self.param_groups:
             group["initial_lr"] = group["lr"]
 
@@ -155,10 +157,16 @@ class OptimizerSet:
     def param_groups(self) -> list[dict]:
         return [group for optimizer in self.optimizers for group in optimizer.param_groups]
 
-    def step(self) -> None:
+    def step(self, go: Tensor | None = None) -> None:
+        """go [] float32 on the device: 0 leaves weights and state as they are. The host looks at it
+        unless all tensors are Triton's (ops/multi_tensor.py)."""
         self.init_state()
+        if go is not None and not (go.is_cuda and self.ours):
+            if not go:
+                return
+            go = None
         for optimizer in self.optimizers:
-            optimizer.step()
+            optimizer.step() if go is None else optimizer.step(go)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         for optimizer in self.optimizers:
@@ -306,7 +314,7 @@ def clip_grad_norm(params: Iterable[nn.Parameter], max_norm: float) -> Tensor:
 
     Returns the norm before clipping, a float32 scalar (float64 for such gradients) on the
     gradients' device, without waiting for it. A norm that is not finite makes every gradient NaN
-    or 0: check it before the step.
+    or 0: a step for `StepGuard` to refuse.
     Under DDP gradients are whole on each rank; FSDP2 shards are summed over their mesh.
     """
     grads = list({id(p): p.grad for p in params if p.grad is not None}.values())
@@ -325,6 +333,36 @@ def clip_grad_norm(params: Iterable[nn.Parameter], max_norm: float) -> Tensor:
         for sharded, some in kinds.items():
             (torch._foreach_mul_ if sharded else scale_)(some, factor)
     return total
+
+
+class StepGuard:
+    """Which steps are taken: 1 for a gradient norm that is finite and, if `spike` is not 0, at most
+    `spike` times the median of the last norms; else 0, as a float32 [] on the norm's device, where
+    everything stays. Only norms of steps taken are remembered, so that none that was refused can
+    spoil the median. skipped, in_row: steps refused so far, and one after another until now.
+    """
+
+    WINDOW, LEAST = 64, 16  # norms remembered, and how many it takes to tell a spike
+
+    def __init__(self, spike: float, device: torch.device):
+        self.spike = spike
+        self.norms = torch.full((self.WINDOW,), torch.nan, device=device)
+        self.taken, self.skipped, self.in_row = torch.zeros(3, device=device)
+        self.slots = torch.arange(self.WINDOW, device=device)
+
+    @torch.no_grad()
+    def __call__(self, norm: Tensor) -> Tensor:
+        go = norm.isfinite()
+        if self.spike:
+            high = norm > self.spike * self.norms.nanmedian()
+            go = go & ~(high & (self.taken >= self.LEAST))
+            here = go & (self.slots == self.taken % self.WINDOW)
+            self.norms = torch.where(here, norm.float(), self.norms)
+        go = go.float()
+        self.taken = self.taken + go
+        self.skipped = self.skipped + (1 - go)
+        self.in_row = (self.in_row + 1) * (1 - go)
+        return go
 
 
 # Learning-rate schedules

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from config import DIVERGED, Stopped
 from distributed import all_sum
 from flops import flops_per_token, matmul_params, mfu, model_flops_per_token, peak_flops
 from metrics import StepTimer, memory_gib
@@ -17,6 +18,9 @@ from model import Transformer
 
 if TYPE_CHECKING:
     from trainer import Run, StagePlan
+
+
+SAME = ("grad_norm", "skipped", "in_row")  # on all ranks; other values are added up over them
 
 
 class StepLog:
@@ -27,6 +31,7 @@ class StepLog:
         self.run, self.plan, self.timer, self.rates = run, plan, timer, rates
         self.late = run.world.device.type == "cuda"
         self.pending: tuple | None = None
+        self.skipped = 0
         # An event of the device, and what the host's clock said then: steps are timed by events,
         # as the host may look long after they were done.
         self.base = self._event(), timer.last_read
@@ -41,13 +46,13 @@ class StepLog:
     def take(self, values: dict) -> None:
         """The values of the step that was just launched."""
         run = self.run
-        names = [n for n in values if n not in ("lr", "grad_norm")]
+        names = [n for n in values if n not in ("lr", *SAME)]
         sums = all_sum(torch.stack([values[n].float() for n in names]), run.world)
-        sums = torch.cat([sums, values["grad_norm"].to(sums).reshape(1)])
+        sums = torch.cat([sums, torch.stack([values[n].to(sums) for n in SAME])])
         if self.late:
             sums = sums.to("cpu", non_blocking=True)  # into pinned memory
         done, mark = self._event(), self.timer.mark()
-        self.pending = run.step, [*names, "grad_norm"], sums, values["lr"], mark, done
+        self.pending = run.step, [*names, *SAME], sums, values["lr"], mark, done
         if not self.late:
             self.flush()
 
@@ -63,11 +68,7 @@ class StepLog:
             now = then + event.elapsed_time(done) / 1e3
             self.base = done, now
         row = {**dict(zip(names, sums.tolist(), strict=True)), "lr": lr}
-        if not math.isfinite(row["loss"]):
-            raise FloatingPointError(
-                f"stage {self.plan.name}, step {step}: the loss is {row['loss']}; the last "
-                f"checkpoint in {run.folder} is from before"
-            )
+        self._check(step, row)
         row |= self.timer.read(mark, now)
         rate = row.get("tok/s")
         if rate:
@@ -75,6 +76,23 @@ class StepLog:
             row["useful_tflops"] = rate * self.rates["useful"] / run.world.size / 1e12
         row["mem"] = memory_gib(run.world.device)
         run.logger.log(step, self.plan.name, row)
+
+    def _check(self, step: int, row: dict) -> None:
+        """Say how many steps were left out; `Stopped` where a run learns nothing any more."""
+        run, in_row, skipped = self.run, int(row.pop("in_row")), int(row["skipped"])
+        where = f"stage {self.plan.name}, step {step}: "
+        found = f"loss {row['loss']:.4g}, gradient norm {row['grad_norm']:.4g}"
+        if skipped > self.skipped:
+            this = f", this one with {found}" if in_row else ""
+            run.logger.say(f"{where}{skipped} steps left out so far{this}")
+            self.skipped = skipped
+        if in_row >= run.cfg.max_skipped or not (in_row or math.isfinite(row["loss"])):
+            raise Stopped(
+                DIVERGED, f"{where}given up, {found}, {in_row} steps left out one after another; "
+                f"none of them is in the checkpoints in {run.folder}"
+            )  # fmt: skip
+        if not skipped:
+            del row["skipped"]
 
 
 def flop_rates(run: Run, plan: StagePlan, student: Transformer, teacher) -> dict:

@@ -35,7 +35,7 @@ from metrics import MetricsLogger, StepTimer, git_commit
 from model import Transformer
 from ops import warm
 from ops.kernels import PACKAGES
-from optimizer import OptimizerSet, build_optimizer, lr_factor
+from optimizer import OptimizerSet, StepGuard, build_optimizer, lr_factor
 from step_log import StepLog, flop_rates
 
 MICRO_BATCH_TOKENS = 32_768  # where memory is not known
@@ -382,13 +382,14 @@ def train_stage(
         checkpoint.set_rng_state(run.resumed["rng"])
     timer = StepTimer(plan.steps, world.device, start_step=start)
     log = StepLog(run, plan, timer, flop_rates(run, plan, student, teacher))
+    guard = StepGuard(cfg.skip_spikes, world.device)
     profiler = open_profiler(run) if cfg.profile else nullcontext()
     try:
         with quiet_gc(), profiler as step_done, StopSignals(world) as signals:
             for step in range(start, plan.steps):
                 if step % GC_EVERY == 0:
                     gc.collect(1)
-                values = one_step(run, plan, step, objective, optimizer, loader)
+                values = one_step(run, plan, step, objective, optimizer, loader, guard)
                 log.flush()
                 run.step += 1
                 timer.step(stage.batch_tokens)
@@ -408,7 +409,7 @@ def train_stage(
                     with timer.paused():
                         save_step(run, plan, step + 1, objective, optimizer, loader)
                 if number:
-                    raise Stopped(number, stopped_line(run, number))
+                    raise Stopped(128 + number, stopped_line(run, number))
     finally:
         loader.close()
     run.done.add(plan.name)
@@ -439,7 +440,9 @@ def quiet_gc():
             gc.enable()
 
 
-def one_step(run: Run, plan: StagePlan, step: int, objective, optimizer, loader) -> dict:
+def one_step(
+    run: Run, plan: StagePlan, step: int, objective, optimizer, loader, guard: StepGuard
+) -> dict:  # fmt: skip
     """One optimizer step; returns 0-d tensors and numbers, without waiting for the device."""
     stage, world = plan.stage, run.world
     factor = lr_factor(
@@ -454,9 +457,10 @@ def one_step(run: Run, plan: StagePlan, step: int, objective, optimizer, loader)
     with run.amp(), sdpa_priority(world.device):
         sums = objective.backward([b.to(world.device) for b in batches], count)
     norm = objective.clip(stage.grad_clip)
-    optimizer.step()
+    optimizer.step(guard(norm))
     optimizer.zero_grad()
-    return {**sums, "grad_norm": norm, "lr": (stage.mixer_lr or stage.lr) * factor}
+    counts = {"skipped": guard.skipped, "in_row": guard.in_row}
+    return {**sums, "grad_norm": norm, "lr": (stage.mixer_lr or stage.lr) * factor, **counts}
 
 
 @contextmanager

@@ -40,6 +40,7 @@ from hybrid_layers import convert_layers, resolve_kernels, use_kernels
 from metrics import console_table
 from model import Transformer
 from objectives import AlignObjective
+from optimizer import StepGuard
 from trainer import Run, StagePlan, one_step, plan_stage, set_up_torch, stage_optimizer
 
 
@@ -75,9 +76,10 @@ def random_batches(run: Run, plan: StagePlan, vocab: int) -> list[Batch]:
 def our_step(run: Run, plan: StagePlan, objective, vocab: int) -> Callable[[], dict]:
     """A step as the trainer takes it."""
     optimizer = stage_optimizer(plan, objective, run.world)
+    guard = StepGuard(0.0, run.world.device)
     batches = random_batches(run, plan, vocab)
     loader = SimpleNamespace(next_step=lambda: batches)
-    return lambda: one_step(run, plan, plan.stage.warmup_steps, objective, optimizer, loader)
+    return lambda: one_step(run, plan, plan.stage.warmup_steps, objective, optimizer, loader, guard)
 
 
 def make_fast(model: Transformer, run: Run, args) -> None:

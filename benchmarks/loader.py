@@ -39,6 +39,7 @@ from distributed import compile_blocks, this_process
 from metrics import console_table
 from model import Transformer
 from objectives import HeadObjective
+from optimizer import StepGuard
 from trainer import Run, one_step, plan_stage, set_up_torch, stage_optimizer
 
 
@@ -74,9 +75,10 @@ def pretraining(config: ModelConfig, cfg: PretrainConfig, args) -> tuple[Transfo
     objective = HeadObjective(model, None, stage, world, [])
     optimizer = stage_optimizer(plan, objective, world)
     run, count = Run(cfg, world, Path(), None, dtype, {}), itertools.count()
+    guard = StepGuard(0.0, world.device)
 
     def step(loader) -> Tensor:
-        return one_step(run, plan, next(count), objective, optimizer, loader)["loss"]
+        return one_step(run, plan, next(count), objective, optimizer, loader, guard)["loss"]
 
     return model, step
 

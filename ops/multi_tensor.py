@@ -7,7 +7,8 @@
 `PLAIN` is PyTorch (any device and dtype). `TRITON` is a kernel each (CUDA, contiguous float32; for
 clipping bfloat16 as well),
 which reads and writes every element once; one launch takes all N matrices of a shape, whose
-addresses it finds in a table on the device. Nothing here waits for the device.
+addresses it finds in a table on the device. Nothing in Triton waits for the device.
+go [] float32 on the device: with 0 everything stays as it is. None: nothing does.
 Check: `pytest tests/ops/test_multi_tensor.py`, which interprets the Triton code on a CPU.
 Shapes: N matrices of R rows and C columns, P programs a matrix.
 """
@@ -31,12 +32,16 @@ BLOCKS = 8  # of a program that scales: so few programs that they cost nothing w
 class Passes(NamedTuple):
     """One form of Muon's passes. Matrices are lists of N [R, C]."""
 
-    momentum: Callable  # (buffers, grads, *, momentum, nesterov) -> norms [N] of the directions
+    momentum: Callable  # (buffers, grads, *, momentum, nesterov, go) -> norms [N] of the directions
     directions: Callable  # (out [N, R, C], buffers, grads, factors [N], *, momentum, nesterov)
-    update: Callable  # (params, updates [N, R, C], *, shrink, scale)
+    update: Callable  # (params, updates [N, R, C], *, shrink, scale, go)
 
 
 # PyTorch
+
+
+def _goes(go: Tensor | None) -> bool:
+    return go is None or bool(go)
 
 
 def _directions(
@@ -46,10 +51,16 @@ def _directions(
 
 
 def plain_momentum(
-    buffers: list[Tensor], grads: list[Tensor], *, momentum: float, nesterov: bool
+    buffers: list[Tensor],
+    grads: list[Tensor],
+    *,
+    momentum: float,
+    nesterov: bool,
+    go: Tensor | None = None,
 ) -> Tensor:
     """Buffers brought up to date, in place; the norms [N] of the directions."""
-    torch._foreach_lerp_(buffers, grads, 1 - momentum)
+    if _goes(go):
+        torch._foreach_lerp_(buffers, grads, 1 - momentum)
     return torch.stack(torch._foreach_norm(_directions(buffers, grads, momentum, nesterov), 2))
 
 
@@ -68,8 +79,12 @@ def plain_directions(
         torch.mul(direction, factor, out=slot)
 
 
-def plain_update(params: list[Tensor], updates: Tensor, *, shrink: float, scale: float) -> None:
+def plain_update(
+    params: list[Tensor], updates: Tensor, *, shrink: float, scale: float, go: Tensor | None = None
+) -> None:
     """Parameters, in place, from updates [N, R, C] in any dtype."""
+    if not _goes(go):
+        return
     if shrink != 1:
         torch._foreach_mul_(params, shrink)
     for param, update in zip(params, updates, strict=True):
@@ -121,16 +136,27 @@ def _grid(matrices: list[Tensor]) -> tuple[int, int]:
     return -(-matrices[0].numel() // BLOCK), len(matrices)
 
 
+@functools.lru_cache(maxsize=16)
+def _always(device: torch.device) -> Tensor:
+    return torch.ones((), device=device)
+
+
 def triton_momentum(
-    buffers: list[Tensor], grads: list[Tensor], *, momentum: float, nesterov: bool
+    buffers: list[Tensor],
+    grads: list[Tensor],
+    *,
+    momentum: float,
+    nesterov: bool,
+    go: Tensor | None = None,
 ) -> Tensor:
     """`plain_momentum`: the same order of the sums in every run."""
     (b, g), align = _tables(buffers, grads)
     grid = _grid(buffers)
     partial = torch.empty(grid[::-1], dtype=torch.float32, device=b.device)  # [N, P]
+    go = _always(b.device) if go is None else go
     with torch.cuda.device_of(b):
         kernels().momentum_kernel[grid](
-            b, g, partial, buffers[0].numel(), momentum, 1 - momentum, NESTEROV=nesterov,
+            b, g, partial, go, buffers[0].numel(), momentum, 1 - momentum, NESTEROV=nesterov,
             ALIGN=align, BLOCK=BLOCK, num_warps=WARPS,
         )  # fmt: skip
     return partial.sum(1).sqrt_()
@@ -155,14 +181,18 @@ def triton_directions(
         )  # fmt: skip
 
 
-def triton_update(params: list[Tensor], updates: Tensor, *, shrink: float, scale: float) -> None:
+def triton_update(
+    params: list[Tensor], updates: Tensor, *, shrink: float, scale: float, go: Tensor | None = None
+) -> None:
     """`plain_update`."""
     assert updates.is_contiguous() and updates.shape == (len(params), *params[0].shape)
     (p,), align = _tables(params)
+    go = _always(p.device) if go is None else go
     with torch.cuda.device_of(p):
         kernels().update_kernel[_grid(params)](
-            p, updates, params[0].numel(), shrink, scale, ALIGN=align, BLOCK=BLOCK, num_warps=WARPS
-        )
+            p, updates, go, params[0].numel(), shrink, scale, ALIGN=align, BLOCK=BLOCK,
+            num_warps=WARPS,
+        )  # fmt: skip
     torch.autograd.graph.increment_version(params)  # autograd has seen none of this
 
 
@@ -246,9 +276,12 @@ def stochastic_bfloat16(x: Tensor) -> Tensor:
 def plain_adamw(
     params: list[Tensor], grads: list[Tensor], firsts: list[Tensor], seconds: list[Tensor],
     steps: list[Tensor], *, lr: float, beta1: float, beta2: float, eps: float, weight_decay: float,
+    go: Tensor | None = None,
 ) -> None:  # fmt: skip
     """A step, in place, of tensors of any dtypes; steps [] float32 are counted up first. In float32
     at least; weights and second moments in bfloat16 are rounded stochastically."""
+    if not _goes(go):
+        return
     for p, g, m, v, step in zip(params, grads, firsts, seconds, steps, strict=True):
         step += 1
         count, kind = step.double().to(p.device), torch.promote_types(p.dtype, torch.float32)
@@ -266,9 +299,11 @@ def plain_adamw(
 def triton_adamw(
     params: list[Tensor], grads: list[Tensor], firsts: list[Tensor], seconds: list[Tensor],
     steps: list[Tensor], *, lr: float, beta1: float, beta2: float, eps: float, weight_decay: float,
+    go: Tensor | None = None,
 ) -> None:  # fmt: skip
     """`plain_adamw` of tensors of one dtype, float32 or bfloat16, in one launch."""
-    torch._foreach_add_(steps, 1)
+    go = _always(params[0].device) if go is None else go
+    torch._foreach_add_(steps, go)
     count = torch.stack(steps)
     roots1 = (1 - beta1 ** count.double()).float()
     roots2 = (1 - beta2 ** count.double()).sqrt().float()
@@ -277,8 +312,8 @@ def triton_adamw(
     if len(owners):
         with torch.cuda.device_of(count):
             kernels().adamw_kernel[len(owners),](
-                *tables, sizes, starts, owners, count, roots1, roots2, lr, 1 - lr * weight_decay,
-                beta1, beta2, eps, ALIGN=align, KIND=_kind(params), BLOCK=BLOCK,
-                BLOCKS=BLOCKS, num_warps=WARPS,
+                *tables, sizes, starts, owners, count, roots1, roots2, go, lr,
+                1 - lr * weight_decay, beta1, beta2, eps, ALIGN=align, KIND=_kind(params),
+                BLOCK=BLOCK, BLOCKS=BLOCKS, num_warps=WARPS,
             )  # fmt: skip
     torch.autograd.graph.increment_version([*params, *firsts, *seconds])

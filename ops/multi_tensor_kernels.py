@@ -2,7 +2,8 @@
 
 Tensors come as tables of addresses, int64 on the device. A program has BLOCK elements of one matrix
 (of one tensor, several BLOCKs): a base (64 bits) and an offset (32 bits). ALIGN is what all the
-addresses are a multiple of, in bytes: with 16 loads and stores are vectors.
+addresses are a multiple of, in bytes: with 16 loads and stores are vectors. Where `go` holds 0
+nothing is changed.
 """
 
 import triton
@@ -31,10 +32,12 @@ def _lerp(a, b, weight):
 
 @triton.jit
 def momentum_kernel(
-    buffers, grads, partial, size, momentum, weight, NESTEROV: tl.constexpr, ALIGN: tl.constexpr,
-    BLOCK: tl.constexpr,
+    buffers, grads, partial, go, size, momentum, weight, NESTEROV: tl.constexpr,
+    ALIGN: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Buffers, in place, and sums of the squared direction into partial [N, programs]."""
+    if tl.load(go) == 0:
+        return
     n, first, lane, inside = _tile(size, BLOCK)
     at = _tensor(buffers, n, ALIGN) + first + lane
     g = tl.load(_tensor(grads, n, ALIGN) + first + lane, mask=inside, other=0)
@@ -63,9 +66,11 @@ def direction_kernel(
 
 @triton.jit
 def update_kernel(
-    weights, updates, size, shrink, scale, ALIGN: tl.constexpr, BLOCK: tl.constexpr,
+    weights, updates, go, size, shrink, scale, ALIGN: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """p <- shrink p - scale u, with updates [N, size] in any dtype."""
+    if tl.load(go) == 0:
+        return
     n, first, lane, inside = _tile(size, BLOCK)
     at = _tensor(weights, n, ALIGN) + first + lane
     u = tl.load(updates + n * size + first + lane, mask=inside, other=0).to(tl.float32)
@@ -178,12 +183,14 @@ def _adamw(
 
 @triton.jit
 def adamw_kernel(
-    weights, grads, first_moments, second_moments, sizes, firsts, owners, steps, roots1, roots2,
+    weights, grads, first_moments, second_moments, sizes, firsts, owners, steps, roots1, roots2, go,
     lr, decay, beta1, beta2, eps, ALIGN: tl.constexpr, KIND: tl.constexpr, BLOCK: tl.constexpr,
     BLOCKS: tl.constexpr,
 ):  # fmt: skip
     """AdamW on tensors of one dtype. steps [N]; roots1, roots2 [N]: what the first moment and the
     root of the second are divided by."""
+    if tl.load(go) == 0:
+        return
     n = tl.load(owners + tl.program_id(0))
     first = (tl.program_id(0) - tl.load(firsts + n)) * (BLOCK * BLOCKS)
     lane = tl.arange(0, BLOCK)

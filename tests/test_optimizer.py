@@ -7,15 +7,17 @@ import math
 import pytest
 import torch
 from kit import tiny_config
-from torch import nn
+from torch import Tensor, nn
 from zoo import Zoo, give_grads, random_params, rms_error
 
 from config import UserError
 from hybrid_layers import MIXERS, build_mixer
+from muon import Muon
 from optimizer import (
     SCHEDULES,
     AdamW,
     OptimizerSet,
+    StepGuard,
     build_groups,
     build_optimizer,
     clip_grad_norm,
@@ -348,3 +350,58 @@ def test_bfloat16_weights_are_moved_by_our_adamw():
         p.grad = torch.ones_like(p)
         optimizer.step()
     assert abs(1 - p.double().mean().item() - 20e-4) < 2.7e-4
+
+
+# Steps left out
+
+
+def test_what_is_not_finite_is_refused():
+    guard = StepGuard(0.0, torch.device("cpu"))
+    norms = [1.0, math.nan, math.inf, 1e30, math.nan]
+    assert [guard(torch.tensor(n)).item() for n in norms] == [1, 0, 0, 1, 0]
+    assert (guard.skipped, guard.in_row) == (3, 1)
+
+
+def test_spikes_are_told_from_the_norms_of_steps_taken():
+    guard = StepGuard(4.0, torch.device("cpu"))
+    go = lambda norm: bool(guard(torch.tensor(norm)))  # noqa: E731
+    assert go(50.0)  # nothing to compare with yet
+    assert all(go(1.0 + 0.01 * i) for i in range(StepGuard.LEAST))
+    assert not go(math.nan)
+    assert not any(go(8.0) for _ in range(3 * StepGuard.WINDOW))  # never becomes what is usual
+    assert guard.in_row == 3 * StepGuard.WINDOW + 1
+    assert go(3.9) and guard.in_row == 0
+    assert all(go(1.01**i) for i in range(500))  # what grows slowly is followed, to 143 here
+
+
+@pytest.mark.parametrize("kind", ["adamw", "bfloat16", "muon"])
+def test_a_refused_step_changes_nothing(kind):
+    dtype = torch.bfloat16 if kind == "bfloat16" else torch.float32
+    model = Zoo(tied=True).to(dtype)
+    optimizer = build_optimizer(model.named_parameters(), lr=0.1, use_muon=kind == "muon",
+                                weight_decay=0.1)  # fmt: skip
+    assert (kind == "bfloat16") == isinstance(optimizer.adamw, AdamW)
+
+    def state() -> list[Tensor]:
+        return [t.clone() for t in (*model.parameters(), *optimizer.state_tensors().values())]
+
+    for go in (1.0, 0.0, 1.0):
+        for p in model.parameters():
+            p.grad = torch.randn_like(p)
+            p.grad.view(-1)[0] += 0 if go else math.nan
+        before = state()
+        optimizer.step(torch.tensor(go))
+        same = [a.equal(b) for a, b in zip(before, state(), strict=True)]
+        assert all(same) if not go else not any(same)
+
+
+def test_without_triton_the_passes_look_at_go():
+    for run in (AdamW([nn.Parameter(torch.ones(3))]), Muon([nn.Parameter(torch.ones(3, 2))])):
+        wrapped = OptimizerSet(*([None, run] if isinstance(run, AdamW) else [run, None]))
+        p = run.param_groups[0]["params"][0]
+        run.param_groups[0] |= {"names": ["p"], "fused": False}
+        p.grad = torch.full_like(p, math.nan)
+        wrapped.init_state()
+        run.step(torch.tensor(0.0))
+        assert p.equal(torch.ones_like(p))
+        assert all(not t.any() for t in wrapped.state_tensors().values())

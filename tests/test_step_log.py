@@ -13,6 +13,7 @@ import torch
 from conftest import metric_rows
 
 import step_log
+from config import DIVERGED, Stopped
 from distributed import World
 from metrics import MetricsLogger, StepTimer
 
@@ -45,7 +46,7 @@ def log(tmp_path, monkeypatch):
     monkeypatch.setattr(Event, "waited", 0)
     run = SimpleNamespace(
         world=World(0, 1, torch.device("cpu")), step=0, folder=tmp_path,
-        logger=MetricsLogger(tmp_path),
+        logger=MetricsLogger(tmp_path), cfg=SimpleNamespace(max_skipped=3),
     )  # fmt: skip
     now = SimpleNamespace(seconds=0.0)
     monkeypatch.setattr(Event, "clock", lambda: now.seconds)
@@ -57,12 +58,13 @@ def log(tmp_path, monkeypatch):
     return log
 
 
-def launch(log, loss: float) -> None:
+def launch(log, loss: float, skipped: int = 0, in_row: int = 0) -> None:
     """A step of 100 tokens."""
     log.run.step += 1
     log.timer.step(100)
     log.take({"loss": torch.tensor(loss), "kl": torch.tensor(0.5), "grad_norm": torch.tensor(3.0),
-              "lr": 1e-3})  # fmt: skip
+              "lr": 1e-3, "skipped": torch.tensor(float(skipped)),
+              "in_row": torch.tensor(float(in_row))})  # fmt: skip
 
 
 def test_a_row_comes_with_the_step_after(log):
@@ -102,10 +104,30 @@ def test_without_cuda_at_once(log):
 
 @pytest.mark.parametrize("loss", [float("nan"), float("inf")])
 def test_a_loss_that_is_not_finite_stops_the_run(log, loss):
+    """Where the step was taken all the same."""
     launch(log, loss)
-    with pytest.raises(FloatingPointError, match="stage align, step 1: the loss is"):
+    with pytest.raises(Stopped, match=r"stage align, step 1: given up, loss (nan|inf),") as stop:
         log.flush()
-    assert metric_rows(log.run.folder) == {}
+    assert stop.value.code == DIVERGED and metric_rows(log.run.folder) == {}
+
+
+def test_steps_left_out_are_counted_and_too_many_end_the_run(log, capsys):
+    log.late = False
+    nan = float("nan")
+    launch(log, 1.0)
+    launch(log, nan, skipped=1, in_row=1)
+    launch(log, 2.0, skipped=1)
+    launch(log, 2.0, skipped=3)  # two that no line was written for
+    assert metric_rows(log.run.folder) == {1: 1.0, 2: None, 3: 2.0, 4: 2.0}
+    assert metric_rows(log.run.folder, "skipped") == {2: 1, 3: 1, 4: 3}
+    out = capsys.readouterr().out
+    assert "stage align, step 2: 1 steps left out so far, this one with loss nan, grad" in out
+    assert "stage align, step 4: 3 steps left out so far\n" in out
+    assert out.count("left out") == 2
+    launch(log, 9.0, skipped=4, in_row=1)
+    launch(log, 9.0, skipped=5, in_row=2)
+    with pytest.raises(Stopped, match=r"step 7: given up, loss 9, .* 3 steps left out one after"):
+        launch(log, 9.0, skipped=6, in_row=3)
 
 
 def test_rows_are_json(log):

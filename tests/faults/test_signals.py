@@ -29,6 +29,7 @@ def running(script: str, *flags: str, ranks: int = 0):
     process = subprocess.Popen(
         command, cwd=ROOT, env=env, text=True, start_new_session=True,
         stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a suite may ignore it
     )  # fmt: skip
     try:
         yield process

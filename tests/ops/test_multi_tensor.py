@@ -100,6 +100,36 @@ def check_not_finite(device: str) -> None:
     assert norms.isnan().tolist() == [False, True, False]
 
 
+def check_refused(device: str) -> None:
+    """go: 0 changes nothing, whatever the gradients are, 1 is as without."""
+    shapes = [(9, 50), (3, 7)]
+
+    def some() -> list[list[Tensor]]:
+        torch.manual_seed(0)
+        return [[torch.rand(s, device=device) for s in shapes] for _ in range(4)]
+
+    def steps() -> list[Tensor]:
+        return [torch.full((), 3.0, device=device) for _ in shapes]
+
+    def run(go: float | None) -> list[Tensor]:
+        flag = None if go is None else torch.tensor(go, device=device)
+        params, grads, firsts, seconds = some()
+        counts = steps()
+        if go == 0:
+            for g in grads:
+                g.fill_(math.nan)
+        triton_adamw(params, grads, firsts, seconds, counts, **ADAMW, go=flag)
+        TRITON.momentum(firsts[:1], grads[:1], momentum=0.9, nesterov=True, go=flag)
+        TRITON.update(params[:1], grads[0][None], shrink=0.9, scale=0.1, go=flag)
+        return [*params, *firsts, *seconds, *counts]
+
+    untouched = [t for kind in (0, 2, 3) for t in some()[kind]] + steps()
+    assert all(a.equal(b) for a, b in zip(run(0.0), untouched, strict=True))
+    changed = run(1.0)
+    assert all(a.equal(b) for a, b in zip(changed, run(None), strict=True))
+    assert not any(a.equal(b) for a, b in zip(changed, untouched, strict=True))
+
+
 def stepped(device: str, nesterov: bool) -> list[Tensor]:
     """Weights and momentum after steps with two groups, whose matrices share stacks, and a
     schedule."""
@@ -261,8 +291,8 @@ def check_tables(device: str) -> None:
 
 
 CHECKS = [
-    check_passes, check_not_finite, check_muon, check_scale, check_scale_by_one, check_two_dtypes,
-    check_clipping, check_tables, check_adamw, check_stochastic_rounding,
+    check_passes, check_not_finite, check_refused, check_muon, check_scale, check_scale_by_one,
+    check_two_dtypes, check_clipping, check_tables, check_adamw, check_stochastic_rounding,
 ]  # fmt: skip
 
 
