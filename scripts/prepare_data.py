@@ -3,9 +3,9 @@
     python scripts/prepare_data.py README.md docs --out data/docs --tokenizer byte
 
 Inputs are files, folders (searched recursively) and quoted glob patterns: .txt and .md files, one
-document each, and .jsonl files, one document a line. A document is held out or not by the hash of
-its text, so that two copies of one text are never on both sides, whatever the order of the inputs
-or the number of workers.
+document each; .jsonl files, one document a line, also as .gz and .zst (DCLM); .parquet files, one
+document a row (FineWeb). A document is held out or not by the hash of its text, so that two copies
+of one text are never on both sides, whatever the order of the inputs or the number of workers.
 """
 
 from __future__ import annotations
@@ -13,13 +13,16 @@ from __future__ import annotations
 import argparse
 import glob
 import hashlib
+import importlib
 import json
 import os
 import shutil
 import sys
 import time
+import zlib
 from collections import Counter, deque
 from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -32,6 +35,8 @@ from tokenizer import load_tokenizer
 
 BATCH_CHARS = 1 << 20  # of one task for a worker: large against the cost of sending it
 BATCH_DOCUMENTS = 2048
+READ_BYTES = 1 << 20
+PARQUET_ROWS = 1024
 BAD_SHOWN = 10
 
 
@@ -55,26 +60,112 @@ def read_text(path: Path, options, bad):
         bad(f"{path}: not UTF-8 ({error.reason} at byte {error.start})")
 
 
-def read_jsonl(path: Path, options, bad):
-    """The text field of each line; a line that has none is reported and left out."""
+def _package(name: str, path: Path):
+    """The module that reads such a file."""
+    try:
+        return importlib.import_module(name)
+    except ImportError:
+        extra = 'pip install -e ".[data]" expected'
+        raise UserError(f"{path}: {name.partition('.')[0]} is not installed; {extra}") from None
+
+
+def plain_pieces(path: Path, bad):
     with open(path, "rb") as file:
-        for number, line in enumerate(file, 1):
-            if not line.strip():
-                continue
+        yield from iter(partial(file.read, READ_BYTES), b"")
+
+
+def decompressed_pieces(path: Path, bad):
+    """The frames of a zstd file, or the members of a gzip file, one after another; what comes
+    before damage is used."""
+    new, error_type = partial(zlib.decompressobj, wbits=31), zlib.error
+    if path.suffix != ".gz":
+        zstandard = _package("zstandard", path)
+        new, error_type = lambda: zstandard.ZstdDecompressor().decompressobj(), zstandard.ZstdError
+    frame, at = None, 0
+    for chunk in plain_pieces(path, bad):
+        at += len(chunk)
+        while chunk:
+            frame = frame or new()
             try:
-                record = json.loads(line)
-            except ValueError as error:  # JSON or UTF-8
-                bad(f"{path}:{number}: not JSON ({error})")
-                continue
-            text = record.get(options.text_field) if isinstance(record, dict) else None
-            if isinstance(text, str):
-                yield text
-            else:
-                bad(f"{path}:{number}: no text field {options.text_field!r}")
+                piece = frame.decompress(chunk)
+            except error_type as error:
+                bad(f"{path}: damaged ({error}) before byte {at}")
+                return
+            chunk = frame.unused_data
+            frame = None if frame.eof else frame
+            yield piece
+    if frame is not None:
+        bad(f"{path}: cut off at byte {at}, inside a frame")
+
+
+def lines_of(pieces):
+    """The lines of a file that comes in pieces, with their numbers."""
+    number, rest = 0, b""
+    for piece in pieces:
+        *lines, rest = (rest + piece).split(b"\n")
+        for line in lines:
+            number += 1
+            yield number, line
+    if rest:
+        yield number + 1, rest
+
+
+def read_jsonl(path: Path, options, bad, pieces=plain_pieces):
+    """The text field of each line; a line that has none is reported and left out. What is left of
+    a last line where the file is damaged counts as damage too."""
+    for number, line in lines_of(pieces(path, bad)):
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line)
+        except ValueError as error:  # JSON or UTF-8
+            bad(f"{path}:{number}: not JSON ({error})")
+            continue
+        text = record.get(options.text_field) if isinstance(record, dict) else None
+        if isinstance(text, str):
+            yield text
+        else:
+            bad(f"{path}:{number}: no text field {options.text_field!r}")
+
+
+def read_parquet(path: Path, options, bad):
+    """The text column alone, some rows at a time."""
+    parquet = _package("pyarrow.parquet", path)
+    field, row = options.text_field, 0
+    try:
+        with parquet.ParquetFile(path) as file:
+            column = file.schema_arrow.field(field) if field in file.schema_arrow.names else None
+            if column is None or str(column.type) not in ("string", "large_string"):
+                found = ", ".join(f"{c.name} ({c.type})" for c in file.schema_arrow)
+                bad(f"{path}: no text column {field!r} among {found}")
+                return
+            for batch in file.iter_batches(batch_size=PARQUET_ROWS, columns=[field]):
+                for text in batch.column(0).to_pylist():
+                    row += 1
+                    if text is None:
+                        bad(f"{path}: row {row} has no text")
+                    else:
+                        yield text
+    except (OSError, ValueError) as error:  # pyarrow's own errors are of these two kinds
+        bad(f"{path}: damaged after row {row} ({error})")
 
 
 # A reader yields the documents of a file and calls bad(message) for what it has to leave out.
-READERS = {".txt": read_text, ".md": read_text, ".jsonl": read_jsonl}
+READERS = {
+    ".txt": read_text, ".md": read_text, ".jsonl": read_jsonl, ".parquet": read_parquet,
+}  # fmt: skip
+READERS |= dict.fromkeys(
+    (".jsonl.gz", ".json.gz", ".jsonl.zst", ".jsonl.zstd"),
+    partial(read_jsonl, pieces=decompressed_pieces),
+)
+
+
+NEEDS = {".parquet": "pyarrow.parquet", ".zst": "zstandard", ".zstd": "zstandard"}
+
+
+def reader_of(path: Path):
+    """By the end of its name; None if no reader knows it."""
+    return next((read for end, read in READERS.items() if path.name.endswith(end)), None)
 
 
 def input_files(patterns: list[str]) -> list[Path]:
@@ -87,11 +178,11 @@ def input_files(patterns: list[str]) -> list[Path]:
             raise UserError(f"{pattern}: no such file, folder or pattern")
         for item in found:
             if item.is_dir():
-                inside = [p for p in sorted(item.rglob("*")) if p.suffix in READERS and p.is_file()]
+                inside = [p for p in sorted(item.rglob("*")) if reader_of(p) and p.is_file()]
                 if not inside:
                     raise UserError(f"{item}: the folder holds no {', '.join(READERS)} file")
                 files |= {p.resolve(): p for p in inside}
-            elif item.suffix in READERS:
+            elif reader_of(item):
                 files[item.resolve()] = item
             else:
                 raise UserError(f"{item}: cannot read this type; expected {', '.join(READERS)}")
@@ -100,7 +191,7 @@ def input_files(patterns: list[str]) -> list[Path]:
 
 def documents(files: list[Path], options, bad):
     for path in files:
-        for text in READERS[path.suffix](path, options, bad):
+        for text in reader_of(path)(path, options, bad):
             if text.strip():
                 yield text
 
@@ -183,6 +274,9 @@ def prepare(options) -> dict:
         if getattr(options, flag) < 1:
             raise UserError(f"--{flag} {getattr(options, flag)}: expected at least 1")
     files = input_files(options.inputs)
+    for path in files:
+        if path.suffix in NEEDS:
+            _package(NEEDS[path.suffix], path)
     out = Path(options.out)
     _check_out(out, options.overwrite)
     tokenizer = load_tokenizer(options.tokenizer)
@@ -248,7 +342,7 @@ def parse(argv: list[str] | None):
     add("--out", required=True, help="folder to write")
     add("--tokenizer", default="byte", help="byte, a tiktoken name, or a tokenizer.json or folder")
     add("--val_fraction", type=float, default=0.01, help="share of documents held out")
-    add("--text_field", default="text", help="of a .jsonl record")
+    add("--text_field", default="text", help="of a JSON record, or the parquet column")
     add("--split_paragraph_breaks", action="store_true", help="cut text files at 2+ blank lines")
     add("--num_workers", type=int, default=os.cpu_count() or 1, help="processes that tokenise")
     add("--shard_tokens", type=int, default=100_000_000, help="tokens of one shard, about")

@@ -1,12 +1,16 @@
 """scripts/prepare_data.py: inputs, held-out documents, workers, mistakes."""
 
+import gzip
 import importlib.util
 import json
+import random
 import subprocess
 import sys
 from pathlib import Path
 
+import pyarrow.parquet
 import pytest
+import zstandard
 
 from shards import TokenDataset
 from tokenizer import load_tokenizer
@@ -105,6 +109,96 @@ def test_bad_lines_are_named_and_counted(tmp_path, capsys):
     for line in (2, 4, 5, 6, 7):
         assert f"a.jsonl:{line}: " in captured.err
     assert "5 left out" in captured.out and texts(tmp_path / "o", "train") == ["good"]
+
+
+def compressed(path, data: bytes) -> bytes:
+    """As the file's name says, in several frames or members."""
+    third = len(data) // 3
+    parts = data[:third], data[third : 2 * third], data[2 * third :]
+    compress = gzip.compress if path.suffix == ".gz" else zstandard.compress
+    return b"".join(map(compress, parts))
+
+
+COMPRESSED = ["a.jsonl.gz", "a.json.gz", "a.jsonl.zst", "a.jsonl.zstd"]
+
+
+@pytest.mark.parametrize("name", COMPRESSED)
+def test_compressed_lines(name, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(prepare_data, "READ_BYTES", 50)  # lines and frames end anywhere in a piece
+    documents = [f"document {i} \u00e9 " * (i % 7) for i in range(1, 90)]
+    lines = "".join(json.dumps({"text": d, "url": "u" * 30}) + "\n" for d in documents).encode()
+    path = tmp_path / "shard" / name
+    path.parent.mkdir()
+    path.write_bytes(compressed(path, lines[:-1]))  # the last line does not end in one
+    assert run(tmp_path / "shard", "--out", tmp_path / "o", "--val_fraction", 0) == 0
+    wanted = [d for d in documents if d.strip()]
+    assert texts(tmp_path / "o", "train") == wanted and "0 left out" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", COMPRESSED[1:3])
+@pytest.mark.parametrize("harm", ["cut", "flipped"])
+def test_damaged_compressed_files_are_named(name, harm, tmp_path, capsys):
+    """With the place; what comes before is used, and the files after it."""
+    documents = [f"{i} {random.Random(i).getrandbits(400):x}" for i in range(3000)]
+    lines = "".join(json.dumps({"text": d}) + "\n" for d in documents).encode()
+    path = tmp_path / "in" / name
+    path.parent.mkdir()
+    data = bytearray(compressed(path, lines))
+    at = len(data) * 2 // 3
+    if harm == "cut":
+        del data[at:]
+    else:
+        data[at : at + 40] = bytes(40)
+    path.write_bytes(data)
+    write_jsonl(path.parent / "b.jsonl", ["after it"])
+    assert run(path.parent, "--out", tmp_path / "o", "--val_fraction", 0) == 0
+    captured, found = capsys.readouterr(), texts(tmp_path / "o", "train")
+    *before, last = found
+    assert last == "after it" and 200 < len(before) < 3000 and before == documents[: len(before)]
+    what = f"cut off at byte {at}, inside a frame" if harm == "cut" else "damaged ("
+    assert f"{name}: {what}" in captured.err
+
+
+def write_parquet(path, **columns):
+    pyarrow.parquet.write_table(pyarrow.table(columns), path, row_group_size=7)
+    return path
+
+
+def test_parquet(tmp_path, monkeypatch, capsys):
+    """The text column of every row, in FineWeb's layout; rows without text are named."""
+    monkeypatch.setattr(prepare_data, "PARQUET_ROWS", 5)
+    rows = [f"row {i} \u00e9" for i in range(40)]
+    (tmp_path / "in").mkdir()
+    write_parquet(tmp_path / "in" / "000.parquet", id=range(40), text=rows, score=[0.5] * 40)
+    write_parquet(tmp_path / "in" / "001.parquet", text=["x", None, "z"])
+    args = ["--out", tmp_path / "o", "--val_fraction", 0]
+    assert run(tmp_path / "in", *args) == 0
+    captured = capsys.readouterr()
+    assert texts(tmp_path / "o", "train") == [*rows, "x", "z"]
+    assert "001.parquet: row 2 has no text" in captured.err and "1 left out" in captured.out
+
+    write_parquet(tmp_path / "in" / "001.parquet", text=[1, 2])
+    write_parquet(tmp_path / "in" / "002.parquet", content=["a"])
+    whole = (tmp_path / "in" / "000.parquet").read_bytes()
+    (tmp_path / "in" / "003.parquet").write_bytes(whole[:-9])
+    broken = bytearray(whole)
+    broken[len(whole) // 4 : len(whole) // 3] = bytes(len(whole) // 3 - len(whole) // 4)
+    (tmp_path / "in" / "004.parquet").write_bytes(broken)
+    assert run(tmp_path / "in", *args, "--overwrite") == 0
+    err = capsys.readouterr().err
+    assert "001.parquet: no text column 'text' among text (int64)" in err
+    assert "002.parquet: no text column 'text' among content (string)" in err
+    assert "003.parquet: damaged after row 0 (" in err and "004.parquet: damaged after row" in err
+    assert texts(tmp_path / "o", "train")[:40] == rows
+
+
+def test_a_missing_package_is_named_before_anything_is_read(tmp_path, monkeypatch, capsys):
+    write_jsonl(tmp_path / "a.jsonl", ["first"])
+    (tmp_path / "b.jsonl.zst").write_bytes(b"")
+    monkeypatch.setitem(sys.modules, "zstandard", None)
+    line, count = failure(capsys, tmp_path, "--out", tmp_path / "o")
+    assert count == 1 and "b.jsonl.zst: zstandard is not installed; pip install" in line
+    assert not (tmp_path / "o").exists()
 
 
 def failure(capsys, *args):
