@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import errno
 import math
 import os
 import sys
@@ -19,6 +20,11 @@ from pathlib import Path
 import yaml
 
 from config import ALIASES, REFUSED, STAGES, DistillConfig, Stopped, UserError
+
+# What a disk says that is full, at its quota, read-only, not ours or failing.
+STORAGE = {
+    getattr(errno, n) for n in ("ENOSPC", "EDQUOT", "EFBIG", "EROFS", "EACCES", "EPERM", "EIO")
+}
 
 
 def _coerce(flag: str, text, annotation, meta):
@@ -173,7 +179,8 @@ def run_main(cls, main, argv: list[str] | None = None, default_preset=None) -> N
     """Parse the command line of a training script into a `cls` and call `main(cfg, command)`.
 
     `default_preset(flags)` names the preset when none is given. A UserError becomes one line on
-    stderr (rank 0 only) and exit code 2; a run that is Stopped ends with its code.
+    stderr (rank 0 only) and exit code 2, and so does a disk that is full or cannot be written;
+    a run that is Stopped ends with its code.
     """
     argv = sys.argv[1:] if argv is None else argv
     if any(a in ("--help", "-h", "-help") for a in argv):
@@ -192,6 +199,12 @@ def run_main(cls, main, argv: list[str] | None = None, default_preset=None) -> N
     except Stopped as e:
         _say_once(str(e), 1)
         raise SystemExit(e.code) from None
+    except OSError as e:
+        if e.errno not in STORAGE:
+            raise
+        where = e.filename or "a file of the run"
+        _say_once(f"error: {where}: {e.strerror}; room and permission to write expected", 5)
+        raise SystemExit(2) from None
 
 
 def _say_once(line: str, seconds: float) -> None:

@@ -1,0 +1,59 @@
+"""Training runs in processes of their own, for the tests of faults."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+from conftest import ROOT
+
+
+@contextlib.contextmanager
+def running(script: str, *flags: str, ranks: int = 0, file_bytes: int = 0):
+    """The run as a process group of its own, which can write files of `file_bytes` (0: any)."""
+    launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
+    command = [sys.executable, *(launch if ranks else []), f"{script}.py", *flags]
+    threads = "1" if ranks else str(torch.get_num_threads())
+    env = {**os.environ, "OMP_NUM_THREADS": threads, "CUDA_VISIBLE_DEVICES": ""}
+
+    def prepare() -> None:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # a suite in the background ignores it
+        if file_bytes:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (file_bytes, file_bytes))
+
+    process = subprocess.Popen(
+        command, cwd=ROOT, env=env, text=True, start_new_session=True,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, preexec_fn=prepare,
+    )  # fmt: skip
+    try:
+        yield process
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+
+
+def wait_for_step(process: subprocess.Popen, run: Path, step: int) -> None:
+    log, deadline = run / "metrics.jsonl", time.time() + 120
+    while not log.is_file() or log.read_text().count('"loss"') < step:
+        assert process.poll() is None and time.time() < deadline, "".join(process.communicate())
+        time.sleep(0.005)
+
+
+def children(pid: int) -> list[int]:
+    found = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    return [int(p) for p in found if "train" in Path(f"/proc/{p}/cmdline").read_text()]
+
+
+def newest(run: Path) -> tuple[int, dict]:
+    """Number and state of the only checkpoints there."""
+    folders = sorted((run / "checkpoints").iterdir(), key=lambda p: int(p.name[5:]))
+    return len(folders), json.loads((folders[-1] / "state.json").read_text())

@@ -1,0 +1,44 @@
+"""Disks that are full or cannot be written: one line with the path, and nothing is lost."""
+
+from __future__ import annotations
+
+import os
+import signal
+from pathlib import Path
+
+import pytest
+from conftest import call_script, metric_rows
+from processes import newest, running, wait_for_step
+from test_runs import train_flags, weights
+
+
+def test_a_disk_that_fills_up(tiny_data, tmp_path):
+    """The checkpoint that does not fit is named; the run goes on from the one before it."""
+    flags = lambda run: train_flags(  # noqa: E731
+        tiny_data, tmp_path, run, "--max_steps=60", "--save_every=4"
+    )
+    cut = tmp_path / "cut"
+    with running("train", *flags("cut")) as process:
+        wait_for_step(process, cut, 8)
+        process.send_signal(signal.SIGTERM)
+        process.communicate(timeout=60)
+    count, state = newest(cut)
+    with running("train", *flags("cut"), "--resume=auto", file_bytes=100_000) as process:
+        _, err = process.communicate(timeout=60)
+    assert process.returncode == 2
+    line = err.splitlines()[-1]
+    assert line.startswith("error: ") and ".tmp" in line and "Traceback" not in err, err
+    assert "File too large; room and permission to write expected" in line
+    assert newest(cut) == (count, state)
+    call_script("train", *flags("cut"), "--resume=auto")
+    call_script("train", *flags("whole"))
+    assert metric_rows(cut) == metric_rows(tmp_path / "whole")
+    a, b = weights(tmp_path / "whole" / "model"), weights(cut / "model")
+    assert all(a[n].equal(b[n]) for n in a)
+
+
+@pytest.mark.skipif(not Path("/sys/kernel").is_dir(), reason="a folder that root cannot write")
+def test_a_folder_that_cannot_be_written(tiny_data, refused):
+    line = refused("train", *train_flags(tiny_data, "/sys/kernel", "a"))
+    assert "/sys/kernel/a" in line and "room and permission to write expected" in line
+    assert not os.path.exists("/sys/kernel/a")
