@@ -153,7 +153,8 @@ def find_checkpoint(
         run_dir_or_ckpt: a run, its `checkpoints` folder, or one `step-N` folder.
         explicit: the user asked for it by name. Then a damaged or missing checkpoint is a
             UserError, also when it is the newest one of the run named. Otherwise (auto-resume) a
-            damaged one is named in a warning and the one before it is taken; None if none is left.
+            damaged one is named in a warning and the one before it is taken; a UserError if all
+            are damaged, None if there is none.
     """
 
     def search() -> Path | None:
@@ -461,11 +462,12 @@ def _search(path: Path, explicit: bool) -> Path | None:
     for damaged, problem in problems:
         if problem is None:
             continue
-        if explicit:
-            hint = f"; {found} is intact and can be named instead" if found else ""
-            raise UserError(f"checkpoint {damaged}: {problem}{hint}")
-        instead = f"using {found.name}" if found else "no earlier one is intact"
-        logger.warning("checkpoint %s: %s; %s", damaged, problem, instead)
+        hint = "none is intact, so a run of another name is all that is left"
+        if found:
+            hint = f"{found} is intact and can be named instead"
+        if explicit or not found:  # never from step 0 again over what a run has left
+            raise UserError(f"checkpoint {damaged}: {problem}; {hint}")
+        logger.warning("checkpoint %s: %s; using %s", damaged, problem, found.name)
     return found
 
 

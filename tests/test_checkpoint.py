@@ -239,11 +239,11 @@ def test_a_planted_pickle_is_refused_and_never_executed(tmp_path, name):
         ckpt.tensor_names,
         lambda p: ckpt.load_tensors(p, poisoned(some_tensors(1))),
         lambda p: ckpt.find_checkpoint(p, explicit=True),
+        lambda _: ckpt.find_checkpoint(tmp_path, explicit=False),
     ):
         with pytest.raises(UserError, match="pickle") as error:
             use(path)
         assert "\n" not in str(error.value)
-    assert ckpt.find_checkpoint(tmp_path, explicit=False) is None
     assert not marker.exists()
     pickle.loads((path / name).read_bytes())  # the plant does work
     assert marker.exists()
@@ -273,6 +273,16 @@ def test_auto_resume_names_the_damaged_newest_and_takes_the_one_before(tmp_path,
     assert len(messages) == 2
     assert "step-3" in messages[0] and shard.name in messages[0] and "using step-1" in messages[0]
     assert "step-2" in messages[1] and "manifest.json is missing" in messages[1]
+
+
+def test_auto_resume_refuses_to_begin_again_where_all_are_damaged(tmp_path):
+    for step in (1, 2):
+        save(tmp_path, step)
+        flip(tmp_path / "checkpoints" / f"step-{step}" / "state.json", 3)
+    with pytest.raises(UserError, match=r"step-2.*state\.json.*none is intact") as error:
+        ckpt.find_checkpoint(tmp_path, explicit=False)
+    assert "\n" not in str(error.value)
+    assert len(list((tmp_path / "checkpoints").iterdir())) == 2
 
 
 def test_a_checkpoint_asked_for_by_name_must_be_intact(tmp_path):
