@@ -291,6 +291,9 @@ class TrainConfig:
         "only what is not finite", low=0.0,
     )  # fmt: skip
     max_skipped: int = opt(10, "steps left out one after another before the run gives up", low=1)
+    hang_timeout: float = opt(
+        1800.0, "seconds without progress after which a run ends itself; 0 = never", low=0.0
+    )
     sample_tokens: int = opt(32, "tokens of each sample completion; 0 = no samples", low=0)
     sample_temperature: float = opt(0.0, "of the sample completions; 0 = greedy", low=0.0)
     run: str = opt("", "name of the run; empty = script and time (under torchrun: --run_name)")

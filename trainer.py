@@ -37,6 +37,7 @@ from ops import warm
 from ops.kernels import PACKAGES
 from optimizer import OptimizerSet, StepGuard, build_optimizer, lr_factor
 from step_log import StepLog, flop_rates
+from watchdog import Watchdog
 
 MICRO_BATCH_TOKENS = 32_768  # where memory is not known
 MOST_TOKENS = 131_072  # of a micro-batch that is chosen by memory
@@ -81,6 +82,7 @@ class Run:
     resumed_from: Path | None = None
     step: int = 0  # optimizer steps of all stages so far
     done: set[str] = field(default_factory=set)  # stages finished before this process
+    watch: Callable[[int, str], None] = lambda step, place: None  # see watchdog.py
 
     @property
     def amp(self) -> Callable:
@@ -385,7 +387,11 @@ def train_stage(
     guard = StepGuard(cfg.skip_spikes, world.device)
     profiler = open_profiler(run) if cfg.profile else nullcontext()
     try:
-        with quiet_gc(), profiler as step_done, StopSignals(world) as signals:
+        with (
+            quiet_gc(), profiler as step_done, StopSignals(world) as signals,
+            Watchdog(world, cfg.hang_timeout) as dog,
+        ):  # fmt: skip
+            run.watch = dog.watch
             for step in range(start, plan.steps):
                 if step % GC_EVERY == 0:
                     gc.collect(1)
@@ -402,10 +408,12 @@ def train_stage(
                 due = cfg.eval_every and (step + 1) % cfg.eval_every == 0
                 if evaluate and due and not last and not number:
                     log.flush()
+                    run.watch(run.step, "evaluating")
                     with timer.paused():
                         run.logger.log_eval(run.step, plan.name, evaluate())
                 if last or number or (cfg.save_every and (step + 1) % cfg.save_every == 0):
                     log.flush()
+                    run.watch(run.step, "saving")
                     with timer.paused():
                         save_step(run, plan, step + 1, objective, optimizer, loader)
                 if number:
@@ -450,7 +458,9 @@ def one_step(
         min_ratio=stage.min_lr_ratio, decay_fraction=stage.decay_fraction,
     )  # fmt: skip
     optimizer.set_lr_factor(factor)
+    run.watch(run.step + 1, "loading data")
     batches = loader.next_step()
+    run.watch(run.step + 1, "computing")
     count = float(sum(b.num_valid for b in batches))
     count = torch.full((), count, device=world.device)  # a fill; torch.tensor would wait
     count = all_sum(count, world).clamp_(min=1)

@@ -1,0 +1,99 @@
+"""A thread that ends a run which has come to a standstill, and says where every rank stands.
+
+A hung rank leaves the others waiting in a collective, for half an hour by PyTorch's own time-out,
+which then names the collective and not the rank. Here each rank's thread tells the others once a
+second where its run is; the first one to see no progress for `seconds` prints one line and
+every rank ends with exit code 4, for torchrun (`--max-restarts`) or a scheduler to begin it again.
+
+Check: `pytest tests/faults/test_hangs.py`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import sys
+import threading
+import time
+from datetime import timedelta
+
+import torch.distributed as dist
+
+from distributed import World
+
+HUNG = 4  # exit code
+PLACES = ("loading data", "computing", "evaluating", "saving")  # of a step, in this order
+SILENT = 5  # missed messages after which a process counts as stopped, not as waiting
+
+
+class Watchdog:
+    """Within it, `watch(step, place)` says that the run goes on; 0 seconds: nobody watches."""
+
+    def __init__(self, world: World, seconds: float):
+        self.world, self.seconds = world, seconds
+        self.interval = min(1.0, seconds / 20)
+        self.step, self.place, self.when = 0, PLACES[0], time.monotonic()
+        self.over, self.begun = threading.Event(), time.time()
+        self.store = None
+        if world.size > 1 and seconds:
+            self.store = dist.PrefixStore("watchdog", dist.distributed_c10d._get_default_store())
+            self.store = self.store.clone()  # a connection of its own: a wait on it holds up nobody
+            self.store.set_timeout(timedelta(seconds=5))
+
+    def watch(self, step: int, place: str) -> None:
+        self.step, self.place, self.when = step, place, time.monotonic()
+
+    def __enter__(self) -> Watchdog:
+        if self.seconds:
+            self.thread = threading.Thread(target=self._run, daemon=True)
+            self.thread.start()
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.over.set()
+        if self.seconds:
+            self.thread.join()
+
+    def _run(self) -> None:
+        while not self.over.wait(self.interval):
+            if self.store is not None:
+                with contextlib.suppress(Exception):  # the store's host may be what is gone
+                    here = json.dumps([self.step, PLACES.index(self.place), time.time()])
+                    self.store.set(str(self.world.rank), here)
+            if time.monotonic() - self.when > self.seconds:
+                self._end()
+
+    def _end(self) -> None:
+        """One line from whoever is first, and out: what hangs cannot be unwound."""
+        first = True
+        where = f"rank {self.world.rank} in step {self.step}, {self.place}"
+        if self.store is not None:
+            with contextlib.suppress(Exception):
+                first = self.store.add("ended", 1) == 1
+                where = self._suspects()
+        if first:
+            line = f"error: no progress for {self.seconds:g} s (--hang_timeout): {where}"
+            print(line, file=sys.stderr, flush=True)
+        else:
+            time.sleep(1)  # torchrun stops all when the first one ends
+        os._exit(HUNG)
+
+    def _suspects(self) -> str:
+        """Ranks that send nothing, else those that are behind the others."""
+        ranks = range(self.world.size)
+        nothing = json.dumps([0, 0, self.begun])  # of a rank that has not come this far
+        told = {
+            r: json.loads(self.store.get(str(r)) if self.store.check([str(r)]) else nothing)
+            for r in ranks
+        }
+        late = {r: time.time() - told[r][2] for r in ranks}
+        silent = [r for r in ranks if late[r] > SILENT * self.interval]
+        at = lambda r: tuple(told[r][:2])  # noqa: E731
+        behind = silent or [r for r in ranks if at(r) == min(map(at, ranks))]
+        names = ", ".join(
+            f"rank {r} in step {told[r][0]}, {PLACES[told[r][1]]}"
+            + (f", silent for {late[r]:.0f} s" if r in silent else "")
+            for r in behind
+        )
+        return names if len(behind) < self.world.size else f"all ranks: {names}"
