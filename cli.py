@@ -179,7 +179,7 @@ def run_main(cls, main, argv: list[str] | None = None, default_preset=None) -> N
     """Parse the command line of a training script into a `cls` and call `main(cfg, command)`.
 
     `default_preset(flags)` names the preset when none is given. A UserError becomes one line on
-    stderr (rank 0 only) and exit code 2, and so does a disk that is full or cannot be written;
+    stderr (of one rank) and exit code 2, and so does a disk that is full or cannot be written;
     a run that is Stopped ends with its code.
     """
     argv = sys.argv[1:] if argv is None else argv
@@ -194,22 +194,27 @@ def run_main(cls, main, argv: list[str] | None = None, default_preset=None) -> N
                 print(f"preset: {preset} (no --config given)", flush=True)
         main(load_config(cls, flags, preset), argv)
     except UserError as e:
-        _say_once(f"error: {e}", 5)
+        _say(f"error: {e}")
         raise SystemExit(2) from None
-    except Stopped as e:
-        _say_once(str(e), 1)
+    except Stopped as e:  # on all ranks; torchrun ends them all when the first one ends
+        if os.environ.get("RANK", "0") == "0":
+            print(e, file=sys.stderr, flush=True)
+        else:
+            time.sleep(1)
         raise SystemExit(e.code) from None
     except OSError as e:
         if e.errno not in STORAGE:
             raise
         where = e.filename or "a file of the run"
-        _say_once(f"error: {where}: {e.strerror}; room and permission to write expected", 5)
+        _say(f"error: {where}: {e.strerror}; room and permission to write expected")
         raise SystemExit(2) from None
 
 
-def _say_once(line: str, seconds: float) -> None:
-    """From rank 0. torchrun ends every rank when the first one ends: the others wait for it."""
-    if os.environ.get("RANK", "0") == "0":
-        print(line, file=sys.stderr, flush=True)
-    else:
-        time.sleep(seconds)
+def _say(line: str) -> None:
+    """One line for all ranks: what ends rank 0 ends the others, by torchrun, while they wait. Who
+    is still there after that is the only one in trouble."""
+    rank = os.environ.get("RANK", "0")
+    if rank != "0":
+        time.sleep(5)
+        line = f"rank {rank}: {line}"
+    print(line, file=sys.stderr, flush=True)

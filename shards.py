@@ -228,9 +228,15 @@ class TokenDataset:
         shard = int(np.searchsorted(self._starts, start, side="right")) - 1
         done = 0
         while done < n:
-            offset = start + done - int(self._starts[shard])
-            piece = self._shards[shard][offset : offset + n - done]
-            out[done : done + len(piece)] = piece
+            offset, data = start + done - int(self._starts[shard]), self._shards[shard]
+            _check_size(data)
+            piece = out[done : done + len(data) - offset]
+            piece[:] = data[offset : offset + n - done]
+            if self.vocab_size and piece.size and piece.max() >= self.vocab_size:
+                raise UserError(
+                    f"{data.filename}: token {piece.max()} among those from {offset} on, ids below"
+                    f" {self.vocab_size} expected; the file is damaged"
+                )
             done += len(piece)
             shard += 1
         return out
@@ -408,6 +414,19 @@ def _map_nanogpt(path: Path) -> np.ndarray:
             f"{path}: {size} bytes, expected {offset} + 2 for each of {max(tokens, 1)} tokens"
         )
     return np.memmap(path, "<u2", "r", offset=offset, shape=(tokens,))
+
+
+def _check_size(data: np.memmap) -> None:
+    """UserError where the file has become shorter: reading past its end would kill the process."""
+    try:
+        size = os.stat(data.filename).st_size
+    except FileNotFoundError:
+        return  # what is mapped stays, also without a name
+    if size < data.offset + data.nbytes:
+        raise UserError(
+            f"{data.filename}: {size} bytes found, {data.offset + data.nbytes} expected; it was"
+            " cut off after the run began"
+        )
 
 
 def _sidecar(path: Path) -> Path:

@@ -118,6 +118,31 @@ def test_flipped_token_bit_is_found_by_verify(tmp_path):
         TokenDataset.open(tmp_path, "train", verify=True)
 
 
+def test_damage_that_comes_later_is_refused_when_it_is_read(tmp_path):
+    """Neither an id that no embedding has nor a file that became shorter, which would kill the
+    process, gets through."""
+    write(tmp_path, random_documents(40), shard_tokens=300)
+    data = TokenDataset.open(tmp_path, "train")
+    whole = data.read(0, data.num_tokens)
+    path = tmp_path / "train-00001.bin"
+    first = int(data._starts[1])
+    with open(path, "r+b") as file:
+        file.seek(shards.HEADER_BYTES + 2 * 5)
+        file.write(b"\xff\xff")
+    data.read(0, first + 5)
+    with pytest.raises(UserError, match=r"train-00001\.bin: token 65535 .* below 257 expected"):
+        data.read(first - 3, 10)
+    assert (data.read(first + 6, 20) == whole[first + 6 : first + 26]).all()
+    os.truncate(path, path.stat().st_size - 2)
+    with pytest.raises(
+        UserError, match=r"train-00001\.bin: \d+ bytes found, \d+ expected"
+    ) as error:
+        data.read(first + 6, 20)
+    assert "\n" not in str(error.value)
+    (tmp_path / "train-00000.bin").unlink()
+    assert (data.read(0, first) == whole[:first]).all()  # a mapped file outlives its name
+
+
 def test_shards_of_two_vocabularies_are_refused(tmp_path):
     write(tmp_path / "a", random_documents(30), shard_tokens=400)
     write(tmp_path / "b", random_documents(30), tokenizer=WideTokenizer(), shard_tokens=400)

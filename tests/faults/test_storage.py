@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 from pathlib import Path
 
 import pytest
-from conftest import call_script, metric_rows
+from conftest import ROOT, call_script, metric_rows, run_python
 from processes import newest, running, wait_for_step
 from test_runs import train_flags, weights
 
@@ -35,6 +36,45 @@ def test_a_disk_that_fills_up(tiny_data, tmp_path):
     assert metric_rows(cut) == metric_rows(tmp_path / "whole")
     a, b = weights(tmp_path / "whole" / "model"), weights(cut / "model")
     assert all(a[n].equal(b[n]) for n in a)
+
+
+def test_a_shard_cut_off_while_it_is_read(tiny_data, tmp_path):
+    """The run says which one and keeps what it has saved."""
+    data = shutil.copytree(tiny_data, tmp_path / "data")
+    flags = train_flags(data, tmp_path, "a", "--max_steps=4000", "--save_every=5")
+    with running("train", *flags) as process:
+        wait_for_step(process, tmp_path / "a", 6)
+        os.truncate(data / "train-00000.bin", 3000)
+        _, err = process.communicate(timeout=60)
+    assert process.returncode == 2 and err.count("\n") == 1
+    assert "train-00000.bin: 3000 bytes found" in err and "cut off after the run began" in err
+    assert newest(tmp_path / "a")[1]["step"] >= 5
+
+
+ALONE = """
+import os, sys
+sys.path[:0] = [{root!r}, {root!r} + "/tests"]
+import data
+from config import UserError
+build = data.PackedLoader._build
+def missing(self, first):
+    if os.environ["RANK"] == "1" and first == 4 * 3:
+        raise UserError("shard: gone")
+    return build(self, first)
+data.PackedLoader._build = missing
+from conftest import call_script
+call_script("train", *sys.argv[1:])
+"""
+
+
+@pytest.mark.slow
+def test_the_one_rank_in_trouble_speaks(tiny_data, tmp_path):
+    driver = tmp_path / "driver.py"
+    driver.write_text(ALONE.format(root=str(ROOT)))
+    flags = train_flags(tiny_data, tmp_path, "a", "--save_every=1")
+    result = run_python(str(driver), *flags, ranks=2, check=False, timeout=120)
+    assert result.returncode == 1 and result.stderr.count("rank 1: error: shard: gone") == 1
+    assert newest(tmp_path / "a")[1]["step"] == 3
 
 
 @pytest.mark.skipif(not Path("/sys/kernel").is_dir(), reason="a folder that root cannot write")
