@@ -302,7 +302,9 @@ class TrainConfig:
     save_every: int = opt(0, "steps between checkpoints; 0 = at stage ends only", low=0)
     keep_checkpoints: int = opt(2, "checkpoints kept", low=2)
     resume: str = opt("never", "never, auto (newest good checkpoint of --run), or a checkpoint")
-    wandb_enabled: bool = opt(False, "log to Weights & Biases as well")
+    tracker: str = opt("none", "where metrics go besides the run's folder",
+                       choices=("none", "wandb", "tensorboard"))  # fmt: skip
+    wandb_enabled: bool = opt(False, "the same as --tracker wandb")
     wandb_project: str = opt("retort", "Weights & Biases project")
     peak_flops: float = opt(0.0, "dense peak of the device, FLOP/s; 0 = from the table", low=0.0)
     profile: bool = opt(False, "write a torch.profiler trace of steps 3 to 5 into the run")

@@ -205,7 +205,8 @@ def console_table(title: str, rows: list[dict], width: int = 120) -> None:
 
 
 class MetricsLogger:
-    """Console, `<run_dir>/metrics.jsonl` and, if asked for, wandb. Ranks other than 0 do nothing.
+    """Console, `<run_dir>/metrics.jsonl` and, if asked for, a tracker. Ranks other than 0 do
+    nothing.
 
     metrics.jsonl has one strict-JSON object a line, flushed at once, with "step" and "stage" first
     and the console's keys; NaN and infinities, which JSON lacks, are null.
@@ -215,7 +216,8 @@ class MetricsLogger:
             removed, so that no step appears twice. None appends.
         resume_stage: for stages that each count from step 0: the stage of resume_step. Everything
             logged from that point on goes, later stages included; earlier stages stay.
-        run_name, config: for wandb.
+        tracker: wandb, tensorboard (files in `<run_dir>/tensorboard`) or none.
+        project, run_name, config: for wandb.
     """
 
     def __init__(
@@ -223,22 +225,24 @@ class MetricsLogger:
         run_dir: str | Path,
         *,
         rank: int = 0,
-        wandb_enabled: bool = False,
-        wandb_project: str = "retort",
+        tracker: str = "none",
+        project: str = "retort",
         run_name: str | None = None,
         config: dict | None = None,
         resume_step: int | None = None,
         resume_stage: str | None = None,
     ):
-        self.file = self.wandb_run = self.header_stage = None
+        self.file = self.tracker = self.header_stage = None
         self.active = rank == 0
         if not self.active:
             return
         run_dir = Path(run_dir)
         run_dir.mkdir(parents=True, exist_ok=True)
-        if wandb_enabled:
+        if tracker == "wandb":
             resumed = resume_step is not None
-            self.wandb_run = _start_wandb(run_dir, wandb_project, run_name, config or {}, resumed)
+            self.tracker = _start_wandb(run_dir, project, run_name, config or {}, resumed)
+        elif tracker == "tensorboard":
+            self.tracker = TensorBoard(run_dir / "tensorboard", resume_step)
         path = run_dir / "metrics.jsonl"
         _trim_rows(path, resume_step, resume_stage)
         self.file = open(path, "a", encoding="utf-8")  # noqa: SIM115 (closed in close)
@@ -280,17 +284,17 @@ class MetricsLogger:
         """Closes the file and the tracker; calling it twice does no harm."""
         if self.file is not None:
             self.file.close()
-        if self.wandb_run is not None:
-            self.wandb_run.finish()
-        self.file = self.wandb_run = None
+        if self.tracker is not None:
+            self.tracker.finish()
+        self.file = self.tracker = None
 
     def _write(self, row: dict) -> None:
         assert self.file is not None, "the logger is closed"
         finite = {k: _or_null(v) for k, v in row.items()}
         self.file.write(json.dumps(finite, allow_nan=False) + "\n")
         self.file.flush()
-        if self.wandb_run is not None:
-            self.wandb_run.log({k: v for k, v in row.items() if v is not None})
+        if self.tracker is not None:
+            self.tracker.log({k: v for k, v in row.items() if v is not None})
 
 
 def _to_numbers(metrics: dict) -> dict:
@@ -354,6 +358,28 @@ def read_env_file(path: str | Path) -> dict[str, str]:
     return values
 
 
+class TensorBoard:
+    """Rows as scalars of a TensorBoard log; a resumed run's later ones are hidden."""
+
+    def __init__(self, folder: Path, resume_step: int | None):
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError:
+            raise UserError(
+                "--tracker: package tensorboard not found, expected after "
+                'pip install -e ".[tensorboard]"'
+            ) from None
+        self.writer = SummaryWriter(str(folder), purge_step=resume_step)
+
+    def log(self, row: dict) -> None:
+        for name, value in row.items():
+            if name != "step" and isinstance(value, int | float):
+                self.writer.add_scalar(name, value, row["step"])
+
+    def finish(self) -> None:
+        self.writer.close()
+
+
 def _start_wandb(run_dir: Path, project: str, name: str | None, config: dict, resumed: bool):
     for key, value in read_env_file(".env").items():
         os.environ.setdefault(key, value)  # the environment wins; wandb reads it from there
@@ -361,7 +387,7 @@ def _start_wandb(run_dir: Path, project: str, name: str | None, config: dict, re
         import wandb
     except ImportError:
         raise UserError(
-            '--wandb_enabled: package wandb not found, expected after pip install -e ".[wandb]"'
+            '--tracker: package wandb not found, expected after pip install -e ".[wandb]"'
         ) from None
     id_file = run_dir / "wandb_id"
     run_id = id_file.read_text().strip() if resumed and id_file.exists() else None
@@ -372,7 +398,7 @@ def _start_wandb(run_dir: Path, project: str, name: str | None, config: dict, re
     except wandb.Error as error:
         reason = " ".join(str(error).split())
         raise UserError(
-            f"--wandb_enabled: wandb did not start: {reason} (expected WANDB_API_KEY, or "
+            f"--tracker: wandb did not start: {reason} (expected WANDB_API_KEY, or "
             "WANDB_MODE=offline)"
         ) from None
     id_file.write_text(run.id + "\n")

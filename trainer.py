@@ -183,7 +183,8 @@ def open_run(
         if cfg.resume not in ("auto", "never") and not cfg.run:
             folder = found.parent.parent  # go on where the checkpoint lies
     logger = MetricsLogger(
-        folder, rank=world.rank, wandb_enabled=cfg.wandb_enabled, wandb_project=cfg.wandb_project,
+        folder, rank=world.rank, project=cfg.wandb_project,
+        tracker="wandb" if cfg.wandb_enabled else cfg.tracker,
         run_name=folder.name, config=to_dict(cfg),
         resume_step=state["step"] + 1 if state else (0 if cfg.resume == "auto" else None),
     )  # fmt: skip

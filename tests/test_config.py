@@ -218,12 +218,15 @@ def test_a_run_is_never_overwritten(refused, tiny_data, tmp_path):
     assert (tmp_path / "old" / "metrics.jsonl").read_text() == "precious\n"
 
 
-def test_only_rank_zero_speaks(monkeypatch, capsys):
+def test_other_ranks_let_rank_zero_speak_first(monkeypatch, capsys):
+    """torchrun ends them while they wait; one that goes on living is the only one in trouble."""
+    said = []
     monkeypatch.setenv("RANK", "1")
-    monkeypatch.setattr(cli.time, "sleep", lambda seconds: None)
+    monkeypatch.setattr(cli.time, "sleep", lambda s: said.append((s, capsys.readouterr().err)))
     with pytest.raises(SystemExit) as stop:
         call_script("train_kd", "--layer=3")
-    assert stop.value.code == 2 and capsys.readouterr().err == ""
+    assert stop.value.code == 2 and said == [(5, "")]
+    assert capsys.readouterr().err.startswith("rank 1: error: --layer: unknown")
 
 
 @pytest.mark.parametrize(

@@ -126,7 +126,7 @@ def test_log_writes_the_same_keys_to_console_and_file(tmp_path, capsys):
 
 
 def test_other_ranks_are_silent(tmp_path, capsys):
-    logger = metrics.MetricsLogger(tmp_path / "run", rank=1, wandb_enabled=True)
+    logger = metrics.MetricsLogger(tmp_path / "run", rank=1, tracker="wandb")
     logger.log(1, "align", {"loss": 1.0})
     logger.log_eval(1, "align", {"loss": 1.0})
     logger.table("t", [{"a": 1}])
@@ -197,10 +197,29 @@ def test_env_file(tmp_path):
 
 def test_wandb_missing_is_a_users_mistake(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)
-    with pytest.raises(UserError, match=r"--wandb_enabled.*\[wandb\]") as error:
-        metrics.MetricsLogger(tmp_path, wandb_enabled=True)
+    with pytest.raises(UserError, match=r"--tracker.*\[wandb\]") as error:
+        metrics.MetricsLogger(tmp_path, tracker="wandb")
     assert "\n" not in str(error.value)
     metrics.MetricsLogger(tmp_path).close()  # and it is not needed otherwise
+
+
+def test_tensorboard_gets_the_same_rows(tmp_path, monkeypatch):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    logger = metrics.MetricsLogger(tmp_path, tracker="tensorboard")
+    for step in (1, 2, 3):
+        logger.log(step, "distill", {"loss": torch.tensor(float(step)), "kl": math.nan})
+    logger.log_eval(3, "distill", {"ppl": 7.0})
+    logger.close()
+    logger = metrics.MetricsLogger(tmp_path, tracker="tensorboard", resume_step=3)
+    logger.log(3, "distill", {"loss": 30.0})
+    logger.close()
+    found = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert [(e.step, e.value) for e in found.Scalars("loss")] == [(1, 1), (2, 2), (3, 30)]
+    assert [e.value for e in found.Scalars("eval/ppl")] == []  # of the step that is done again
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    with pytest.raises(UserError, match=r"--tracker.*\[tensorboard\]"):
+        metrics.MetricsLogger(tmp_path, tracker="tensorboard")
 
 
 class FakeRun:
@@ -231,9 +250,9 @@ def test_wandb_gets_the_same_rows_and_the_env_file(tmp_path, monkeypatch, capsys
     monkeypatch.delenv("WANDB_API_KEY")
     monkeypatch.chdir(tmp_path)
     (tmp_path / ".env").write_text("WANDB_API_KEY=s3cret\n")
-    options = dict(wandb_enabled=True, run_name="n", config={"lr": 1})
+    options = dict(tracker="wandb", run_name="n", config={"lr": 1})
     logger = metrics.MetricsLogger(tmp_path / "run", **options)
-    run = logger.wandb_run
+    run = logger.tracker
     logger.log(1, "distill", {"loss": 1.5, "grad_norm": 2.0, "tok/s": 7.0, "mfu": None})
     logger.close()
     assert run.finished and run.rows == [
@@ -245,6 +264,6 @@ def test_wandb_gets_the_same_rows_and_the_env_file(tmp_path, monkeypatch, capsys
     metrics.MetricsLogger(tmp_path / "run", resume_step=2, **options).close()
     assert calls[1]["id"] == "fresh"  # the same wandb run goes on
     with pytest.raises(UserError, match="wandb did not start: no key found"):
-        metrics.MetricsLogger(tmp_path / "run", wandb_project="broken", **options)
+        metrics.MetricsLogger(tmp_path / "run", project="broken", **options)
     captured = capsys.readouterr()
     assert "s3cret" not in captured.out + captured.err
