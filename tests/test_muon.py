@@ -13,6 +13,7 @@ from zoo import SHAPES, Zoo, give_grads, random_params, rms_error
 
 import muon as muon_module
 from config import UserError
+from distributed import stop
 from muon import Muon, newton_schulz, newton_schulz_ref, orthogonalise
 from ops.multi_tensor import scale_
 from optimizer import build_optimizer, clip_grad_norm
@@ -325,8 +326,8 @@ def rank_main(rank: int, world_size: int, rendezvous: str) -> None:
     dist.all_gather_object(counts, own_matrices)
     assert sum(counts) == all_matrices and min(counts) > 0, counts
     check_sharded_norm(world_size)
-    dist.barrier()  # gloo's threads die badly if one rank leaves while the other still sends
-    dist.destroy_process_group()
+    dist.barrier()
+    stop()
 
 
 def test_two_ranks_equal_one_process_bitwise(tmp_path):
