@@ -23,8 +23,8 @@ from config import ALIASES, REFUSED, STAGES, DistillConfig, Stopped, UserError
 
 # What a disk says that is full, at its quota, read-only, not ours or failing.
 STORAGE = {
-    getattr(errno, n) for n in ("ENOSPC", "EDQUOT", "EFBIG", "EROFS", "EACCES", "EPERM", "EIO")
-}
+    errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO,
+}  # fmt: skip
 
 
 def _coerce(flag: str, text, annotation, meta):

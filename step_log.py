@@ -17,7 +17,8 @@ from metrics import StepTimer, memory_gib
 from model import Transformer
 
 if TYPE_CHECKING:
-    from trainer import Run, StagePlan
+    from stage_plan import StagePlan
+    from trainer import Run
 
 
 SAME = ("grad_norm", "skipped", "in_row")  # on all ranks; other values are added up over them
@@ -86,11 +87,13 @@ class StepLog:
             this = f", this one with {found}" if in_row else ""
             run.logger.say(f"{where}{skipped} steps left out so far{this}")
             self.skipped = skipped
-        if in_row >= run.cfg.max_skipped or not (in_row or math.isfinite(row["loss"])):
-            raise Stopped(
-                DIVERGED, f"{where}given up, {found}, {in_row} steps left out one after another; "
-                f"none of them is in the checkpoints in {run.folder}"
-            )  # fmt: skip
+        why = ""
+        if in_row >= run.cfg.max_skipped:
+            why = f"{in_row} steps left out one after another, none of which is in a checkpoint"
+        elif not in_row and not math.isfinite(row["loss"]):
+            why = "though the gradient is finite and the step was taken"
+        if why:
+            raise Stopped(DIVERGED, f"{where}given up, {found}, {why}; see {run.folder}")
         if not skipped:
             del row["skipped"]
 

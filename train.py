@@ -21,6 +21,7 @@ from model import Transformer
 from objectives import HeadObjective
 from prompts import IN_RUN, PROMPTS
 from recompute import set_recompute
+from stage_plan import plan_stage
 from tokenizer import load_tokenizer
 from trainer import (
     check_run_folder,
@@ -28,7 +29,6 @@ from trainer import (
     finish,
     open_data,
     open_run,
-    plan_stage,
     restore_weights,
     set_up_torch,
     train_stage,

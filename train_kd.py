@@ -46,16 +46,15 @@ from ops.float8_linear import float8_copy, supports_float8
 from prompts import IN_RUN, PROMPTS
 from recompute import set_recompute
 from search import FILE, choose_layers, pattern_table, read_choice, write_choice
+from stage_plan import StagePlan, plan_stage
 from student import build_models, calibrate, mixer_shape, preflight, set_trainable
 from tokenizer import load_tokenizer
 from trainer import (
     Run,
-    StagePlan,
     compile_wanted,
     finish,
     open_data,
     open_run,
-    plan_stage,
     restore_weights,
     set_up_torch,
     train_stage,

@@ -41,7 +41,8 @@ from metrics import console_table
 from model import Transformer
 from objectives import AlignObjective
 from optimizer import StepGuard
-from trainer import Run, StagePlan, one_step, plan_stage, set_up_torch, stage_optimizer
+from stage_plan import StagePlan, plan_stage
+from trainer import Run, one_step, set_up_torch, stage_optimizer
 
 
 def set_up(args, name: str) -> tuple[Run, StagePlan]:

@@ -52,7 +52,8 @@ from hybrid_layers import cast_trunk, convert_layers
 from metrics import console_table
 from objectives import HeadObjective
 from ops.float8_linear import float8_copy
-from trainer import Run, StagePlan
+from stage_plan import StagePlan
+from trainer import Run
 
 
 def ours(

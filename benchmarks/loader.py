@@ -40,7 +40,8 @@ from metrics import console_table
 from model import Transformer
 from objectives import HeadObjective
 from optimizer import StepGuard
-from trainer import Run, one_step, plan_stage, set_up_torch, stage_optimizer
+from stage_plan import plan_stage
+from trainer import Run, one_step, set_up_torch, stage_optimizer
 
 
 class OnDevice(Batch):

@@ -12,7 +12,7 @@ from benchmarks.decode import SHAPES
 from config import DistillConfig, ModelConfig, UserError, parse_layers
 from distributed import World
 from hybrid_layers import convert_config
-from trainer import plan_stage
+from stage_plan import plan_stage
 
 CUDA = World(0, 1, torch.device("cuda"))
 

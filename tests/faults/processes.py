@@ -57,3 +57,13 @@ def newest(run: Path) -> tuple[int, dict]:
     """Number and state of the only checkpoints there."""
     folders = sorted((run / "checkpoints").iterdir(), key=lambda p: int(p.name[5:]))
     return len(folders), json.loads((folders[-1] / "state.json").read_text())
+
+
+def driver(folder: Path, patch: str) -> str:
+    """A script that runs train.py on its flags, with code that a rank runs first."""
+    path = folder / "driver.py"
+    path.write_text(
+        f"import os, sys\nsys.path[:0] = [{str(ROOT)!r}, {str(ROOT / 'tests')!r}]\n{patch}\n"
+        "from conftest import call_script\ncall_script('train', *sys.argv[1:])\n"
+    )
+    return str(path)

@@ -6,7 +6,8 @@ import json
 import math
 
 import pytest
-from conftest import ROOT, call_script, metric_rows, run_python
+from conftest import call_script, metric_rows, run_python
+from processes import driver
 from test_runs import kd_flags, train_flags, weights
 
 import trainer
@@ -14,8 +15,6 @@ from config import DIVERGED
 from objectives import AlignObjective, HeadObjective
 
 POISON = """
-import os, sys
-sys.path[:0] = [{root!r}, {root!r} + "/tests"]
 import objectives
 forward, calls = objectives.HeadLoss.forward, []
 def poisoned(self, *args):
@@ -25,8 +24,6 @@ def poisoned(self, *args):
         out.loss = out.loss * float("nan")
     return out
 objectives.HeadLoss.forward = poisoned
-from conftest import call_script
-call_script("train", *sys.argv[1:])
 """
 
 
@@ -106,17 +103,16 @@ def test_a_run_that_only_skips_ends(tiny_data, tmp_path, monkeypatch, capsys):
 @pytest.mark.slow
 def test_nan_on_one_rank_is_left_out_on_both(tiny_data, tmp_path):
     """Two micro-batches a rank and step: the fifth call is in step 3."""
-    driver = tmp_path / "driver.py"
-    driver.write_text(POISON.format(root=str(ROOT), calls=[5]))
-    run_python(str(driver), *train_flags(tiny_data, tmp_path, "two"), ranks=2)
+    script = driver(tmp_path, POISON.format(calls=[5]))
+    run_python(script, *train_flags(tiny_data, tmp_path, "two"), ranks=2)
     assert metric_rows(tmp_path / "two", "skipped") == {3: 1, 4: 1, 5: 1, 6: 1}
     rows = [json.loads(line) for line in (tmp_path / "two" / "metrics.jsonl").open()]
     losses = {row["step"]: row["loss"] for row in rows if "loss" in row}
     assert losses[3] is None and all(math.isfinite(losses[s]) for s in (1, 2, 4, 5, 6))
     assert all(t.isfinite().all() for t in weights(tmp_path / "two" / "model").values())
 
-    driver.write_text(POISON.format(root=str(ROOT), calls=list(range(5, 99))))
+    script = driver(tmp_path, POISON.format(calls=list(range(5, 99))))
     flags = train_flags(tiny_data, tmp_path, "end", "--max_skipped=2")
-    result = run_python(str(driver), *flags, ranks=2, check=False)
+    result = run_python(script, *flags, ranks=2, check=False)
     assert result.returncode == 1 and result.stderr.count("step 4: given up, loss nan") == 1
     assert "exitcode  : 3" in result.stderr

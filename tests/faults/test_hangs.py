@@ -11,23 +11,19 @@ import time
 
 import pytest
 from conftest import ROOT, metric_rows, run_python
-from processes import children, running, wait_for_step
+from processes import children, driver, running, wait_for_step
 from test_runs import train_flags
 
 from watchdog import HUNG
 
 SLEEPY = """
-import os, sys, time
-sys.path[:0] = [{root!r}, {root!r} + "/tests"]
-import data
+import data, time
 build = data.PackedLoader._build
 def sleepy(self, first):
     if os.environ["RANK"] == "1" and first == 4 * 5:
         time.sleep(1000)
     return build(self, first)
 data.PackedLoader._build = sleepy
-from conftest import call_script
-call_script("train", *sys.argv[1:])
 """
 
 
@@ -52,10 +48,8 @@ def test_one_process(progress):
 
 @pytest.mark.slow
 def test_a_rank_whose_loader_hangs_is_named(tiny_data, tmp_path):
-    driver = tmp_path / "driver.py"
-    driver.write_text(SLEEPY.format(root=str(ROOT)))
     flags = train_flags(tiny_data, tmp_path, "a", "--hang_timeout=8", "--save_every=2")
-    result = run_python(str(driver), *flags, ranks=2, check=False, timeout=120)
+    result = run_python(driver(tmp_path, SLEEPY), *flags, ranks=2, check=False, timeout=120)
     said = re.findall("error: no progress.*", result.stderr)
     assert said == [
         "error: no progress for 8 s (--hang_timeout): rank 1 in step 6, loading data"

@@ -8,8 +8,8 @@ import signal
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, call_script, metric_rows, run_python
-from processes import newest, running, wait_for_step
+from conftest import call_script, metric_rows, run_python
+from processes import driver, newest, running, wait_for_step
 from test_runs import train_flags, weights
 
 
@@ -52,8 +52,6 @@ def test_a_shard_cut_off_while_it_is_read(tiny_data, tmp_path):
 
 
 ALONE = """
-import os, sys
-sys.path[:0] = [{root!r}, {root!r} + "/tests"]
 import data
 from config import UserError
 build = data.PackedLoader._build
@@ -62,17 +60,13 @@ def missing(self, first):
         raise UserError("shard: gone")
     return build(self, first)
 data.PackedLoader._build = missing
-from conftest import call_script
-call_script("train", *sys.argv[1:])
 """
 
 
 @pytest.mark.slow
 def test_the_one_rank_in_trouble_speaks(tiny_data, tmp_path):
-    driver = tmp_path / "driver.py"
-    driver.write_text(ALONE.format(root=str(ROOT)))
     flags = train_flags(tiny_data, tmp_path, "a", "--save_every=1")
-    result = run_python(str(driver), *flags, ranks=2, check=False, timeout=120)
+    result = run_python(driver(tmp_path, ALONE), *flags, ranks=2, check=False, timeout=120)
     assert result.returncode == 1 and result.stderr.count("rank 1: error: shard: gone") == 1
     assert newest(tmp_path / "a")[1]["step"] == 3
 

@@ -1,0 +1,96 @@
+"""A stage cut to steps, rows and micro-batches for a number of ranks.
+
+Check: `pytest tests/test_trainer.py`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from config import ModelConfig, StageConfig, TrainConfig, UserError
+from distributed import World
+from flops import kept_bytes
+from model import Transformer
+
+MICRO_BATCH_TOKENS = 32_768  # where memory is not known
+MOST_TOKENS = 131_072  # of a micro-batch that is chosen by memory
+
+
+@dataclass
+class StagePlan:
+    """A stage cut to steps, rows and micro-batches for this number of ranks."""
+
+    name: str
+    stage: StageConfig
+    steps: int
+    rows: int  # per step, over all ranks
+    micro_batch: int  # rows per micro-batch and rank
+    seed: int
+
+    def set_tokens(self, tokens: int, max_steps: int) -> None:
+        """Give the stage another length."""
+        self.stage.tokens = max(1, tokens)
+        self.steps = self.stage.steps(max_steps)
+
+    def line(self, world: World) -> str:
+        s = self.stage
+        count = self.rows // (self.micro_batch * world.size)
+        return (
+            f"{self.name}: {self.steps} steps x {s.batch_tokens:,} tokens = "
+            f"{self.steps * s.batch_tokens:,}; step = {world.size} ranks x {count} micro-batches x "
+            f"{self.micro_batch} rows x {s.seq_len} tokens; trains {s.train}, lr {s.lr:g}"
+            + (f", mixers {s.mixer_lr:g}" if s.mixer_lr else "")
+        )
+
+
+def micro_batch_tokens(
+    cfg: TrainConfig, name: str, stage: StageConfig, device: torch.device, config: ModelConfig
+) -> int:
+    """Tokens of a micro-batch: on CUDA as many as are likely to fit beside a student and a teacher
+    of this shape. The fewer micro-batches, the less a small model waits for the host."""
+    if device.type != "cuda":
+        return MICRO_BATCH_TOKENS
+    with torch.device("meta"):
+        params = Transformer(config).num_params()
+    # Teacher and compute type 2 bytes each; float32 weights, gradients and two AdamW states 16.
+    weights = params * (20 if stage.train == "all" else 6)
+    token = kept_bytes(config, cfg.activation_checkpointing)
+    if name == "align":  # one layer at a time
+        token = 2 * token // config.num_hidden_layers
+    room = 0.75 * torch.cuda.get_device_properties(device).total_memory - weights
+    return min(MOST_TOKENS, max(int(room / token), 0))
+
+
+def plan_stage(
+    cfg: TrainConfig, name: str, stage: StageConfig, world: World, index: int = 0,
+    config: ModelConfig | None = None,
+) -> StagePlan:  # fmt: skip
+    """Divide the global batch over ranks; UserError when it does not divide. config: the student's,
+    where micro-batches are to be chosen by memory."""
+    rows = stage.rows_per_step(name)
+    if cfg.accumulation_steps and not stage.micro_batch:
+        share, rest = divmod(rows, cfg.accumulation_steps)
+        if rest or not share:
+            raise UserError(
+                f"--accumulation_steps: {cfg.accumulation_steps} found, a divisor of the {rows} "
+                f"rows of a step expected"
+            )
+        micro = share
+    elif stage.micro_batch:
+        micro = stage.micro_batch
+    else:
+        per_rank = max(1, rows // world.size)
+        limit = MICRO_BATCH_TOKENS
+        if config is not None:
+            limit = micro_batch_tokens(cfg, name, stage, world.device, config)
+        limit = max(1, limit // stage.seq_len)
+        micro = max(m for m in range(1, per_rank + 1) if per_rank % m == 0 and m <= limit)
+    if rows % (world.size * micro):
+        raise UserError(
+            f"--{name}_batch_tokens: {rows} rows of {stage.seq_len} tokens a step do not divide by "
+            f"{world.size} ranks x {micro} rows per micro-batch"
+        )
+    steps = stage.steps(cfg.max_steps)
+    return StagePlan(name, stage, steps, rows, micro, cfg.seed + 1009 * index)
