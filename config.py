@@ -222,8 +222,9 @@ class Search:
     """How `--layers auto:SHARE` chooses the layers that become linear (search.py)."""
 
     scorer: str = opt(
-        "swap", "swap: each layer softmax alone; drop: each linear alone; greedy: one by one; "
-        "gates: all at once", choices=("swap", "drop", "greedy", "gates"),
+        "swap", "swap: each layer softmax alone; drop: each linear alone; window: each cut to "
+        "--search_window; greedy: one by one; gates: all at once",
+        choices=("swap", "drop", "window", "greedy", "gates"),
     )  # fmt: skip
     tokens: int = opt(65_536, "held-out tokens of a score", low=8)
     recall_samples: int = opt(
@@ -232,6 +233,7 @@ class Search:
     seq_len: int = opt(1024, "tokens of a held-out row and of a recall question", low=8)
     recall_weight: float = opt(1.0, "weight of recall beside KL", low=0.0)
     gate_steps: int = opt(100, "training steps of the gates", low=1)
+    window: int = opt(64, "tokens that the scorer window leaves a layer's attention", low=1)
 
 
 STAGES = ("align", "distill", "long")
