@@ -152,7 +152,7 @@ def test_layers_that_matter_stay_softmax(scorer, lopsided, tiny_data):
     table = pattern_table(found, 4)
     assert [row["layers"] for row in table] == ["LFFL", "LFLF", "LLLL", "FFFF"]
     assert table[2]["kl"] == round(found["baseline"]["kl"], 4) > table[3]["kl"] == 0
-    if scorer != "gates":  # KL with layer 0 the only softmax one, or (drop, window) the only other one
+    if scorer != "gates":  # KL with layer 0 alone softmax, or (drop, window) alone something else
         kl = {row["layer"]: row["kl"] for row in found["layers"]}
         base = 0 if scorer in ("drop", "window") else found["baseline"]["kl"]
         assert kl[0] == pytest.approx(base, abs=1e-5) and abs(kl[1] - base) > 0.01
