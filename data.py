@@ -96,12 +96,15 @@ class Batch:
 def repeat_spans(tokens: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """A row [n] with spans that stand earlier in it in place of about half of its tokens: after an
     eighth of it a span, as many fresh tokens, and so on. Spans have REPEATED tokens, short and long
-    ones alike often on a logarithmic scale, and begin anywhere before."""
+    ones alike often on a logarithmic scale. Half of them begin anywhere before, half at a distance
+    that is as often short as long on that scale."""
     tokens, low, high = tokens.copy(), *np.log(REPEATED)
     at = len(tokens) // 8
     while at < len(tokens):
         span = min(int(np.exp(rng.uniform(low, high))), at, len(tokens) - at)
         first = int(rng.integers(at - span + 1))
+        if rng.random() < 0.5:
+            first = at - max(span, int(np.exp(rng.uniform(np.log(span), np.log(at)))))
         tokens[at : at + span] = tokens[first : first + span]
         at += span + int(np.exp(rng.uniform(low, high)))
     return tokens
