@@ -262,7 +262,10 @@ def stage_field(name: str):
 class TrainConfig:
     """What pretraining and distillation share."""
 
-    data: str = opt("stdlib", "stdlib, a folder of shards, or nanogpt:PATH")
+    data: str = opt("stdlib", "stdlib, a folder of shards, or nanogpt:PATH; several, with their "
+                    "shares of the rows: data/web:0.7,data/code:0.3")  # fmt: skip
+    packing: str = opt("concatenate", "rows of training text: documents cut anywhere, or whole "
+                       "ones by best fit", choices=("concatenate", "best_fit"))  # fmt: skip
     tokenizer: str = opt("", "byte, a tiktoken name, or a tokenizer.json; empty = see docs/data.md")
     context_len: int = opt(0, "tokens per row; 0 = 512 (train.py), each stage's own (train_kd.py)",
                            low=0)  # fmt: skip

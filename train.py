@@ -12,11 +12,12 @@ import torch
 
 from cli import run_main
 from config import ModelConfig, PretrainConfig, UserError, parse_layers
-from data import eval_batches
+from data import eval_batches, require_rows
 from distributed import compile_blocks, main_first, start, stop, this_process
 from evaluate import Evaluator, completions, eval_rows
 from hf import save_model
 from hybrid_layers import convert_config, resolve_kernels, use_kernels
+from mixture import rows_line
 from model import Transformer
 from objectives import HeadObjective
 from prompts import IN_RUN, PROMPTS
@@ -95,12 +96,13 @@ def pretrain(cfg: PretrainConfig, argv: list[str]) -> None:
     model.init_weights()
     model.to(world.device)
     linear = use_kernels(model, kernels, world.device)
-    stage = cfg.stage(train_data.num_rows(seq_len))
+    stage = cfg.stage(sum(train_data.rows(seq_len).sizes))
     plan = plan_stage(cfg, "pretrain", stage, world)
+    require_rows(train_data, seq_len, plan.rows)
     identity = {
-        "script": "train", "model": model.config.__dict__, "data": train_data.fingerprint,
+        "script": "train", "model": model.config.__dict__,
         "stage": {k: v for k, v in stage.__dict__.items() if k not in ("tokens", "micro_batch")},
-        "seed": cfg.seed, "dtype": str(dtype), "doc_mask": cfg.doc_mask,
+        "seed": cfg.seed, "dtype": str(dtype), "doc_mask": cfg.doc_mask, **train_data.identity(),
     }  # fmt: skip
     run = open_run(cfg, argv, world, identity, script="train", dtype=dtype, stages=["pretrain"])
     say = run.logger.say
@@ -108,6 +110,7 @@ def pretrain(cfg: PretrainConfig, argv: list[str]) -> None:
     say(f"data: {train_data.num_tokens:,} tokens of {data}, tokenizer {tokenizer.name}")
     say(f"compute: {world.size} x {world.device.type}, {dtype}, {linear}")
     say(plan.line(world))
+    say(f"rows: {rows_line(train_data, seq_len, plan.steps * plan.rows)}")
     if cfg.dry_run:
         say("dry run: nothing trained")
         finish(run)

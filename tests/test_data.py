@@ -274,16 +274,16 @@ def test_thread_error_surfaces_and_stays(dataset):
     stream = loader(dataset, prefetch=2)
     stream.next_step()
     stream.close()
-    broken = dataset.read
+    whole = dataset.read_into
 
-    def read(start, n):
+    def read_into(out, start):
         raise OSError("the disk went away")
 
-    dataset.read = read
+    dataset.read_into = read_into
     for _ in range(2):  # not a hang, not a silent restart
         with pytest.raises(OSError, match=r"the disk went away"):
             stream.next_step()
-    dataset.read = broken
+    dataset.read_into = whole
     assert stream.state_dict()["samples"] == 12
     stream.close()
 
