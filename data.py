@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import queue
 import threading
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 
 import numpy as np
 import torch
@@ -50,16 +50,17 @@ class Batch:
     max_seqlen: int  # T, whatever the documents: a constant for compiled graphs
     num_valid: int  # labels that are not -100
     sample_ids: list[int]  # the R row numbers
+    row_valid: list[int] = field(default_factory=list)  # num_valid, row by row
 
     def to(self, device) -> Batch:
         device = torch.device(device)
         moved = {}
-        for field in fields(self):
-            value = getattr(self, field.name)
+        for one in fields(self):
+            value = getattr(self, one.name)
             if isinstance(value, torch.Tensor):
                 if device.type == "cuda":
                     value = value.pin_memory()  # only a pinned copy overlaps with compute
-                moved[field.name] = value.to(device, non_blocking=True)
+                moved[one.name] = value.to(device, non_blocking=True)
         if self.cu_seqlens is not None and device.type == "cuda" != self.cu_seqlens.device.type:
             remember(moved["cu_seqlens"], self.cu_seqlens)
         return replace(self, **moved)
@@ -126,6 +127,7 @@ def pack(source: Rows, rows, doc_mask: bool, repeat: float = 0.0, seed: int = 0)
         max_seqlen=seq_len,
         num_valid=int(valid.sum()),
         sample_ids=[int(row) for row in rows],
+        row_valid=valid.tolist(),
     )
 
 

@@ -267,10 +267,7 @@ def select(run, share, student, teacher, layers, train_data, val_data, tokenizer
 
 def run_identity(cfg, layers, convert, plans: list[StagePlan], data: Mixture, dtype) -> dict:
     """What a continuation must have in common with the run it continues."""
-    stages = {}
-    for plan in plans:
-        stage = dataclasses.asdict(plan.stage)
-        stages[plan.name] = {k: v for k, v in stage.items() if k not in ("tokens", "micro_batch")}
+    stages = {plan.name: plan.stage.identity() for plan in plans}
     return {
         "script": "train_kd", "teacher": fingerprint(cfg.teacher),
         "student": fingerprint(cfg.student) if cfg.student else "", "layers": layers,

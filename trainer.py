@@ -29,6 +29,7 @@ from data import PackedLoader
 from distributed import StopSignals, World, all_sum, barrier, main_says
 from hybrid_layers import MIXERS
 from layers import ShortConvolution, sdpa_priority
+from losses import num_selected
 from metrics import MetricsLogger, StepTimer, git_commit
 from mixture import Mixture, open_corpora, parse_data
 from model import Transformer
@@ -380,7 +381,7 @@ def one_step(
     run.watch(run.step + 1, "loading data")
     batches = loader.next_step()
     run.watch(run.step + 1, "computing")
-    count = float(sum(b.num_valid for b in batches))
+    count = float(sum(num_selected(b.row_valid, stage.select_tokens) for b in batches))
     count = torch.full((), count, device=world.device)  # a fill; torch.tensor would wait
     count = all_sum(count, world).clamp_(min=1)
     with run.amp(), sdpa_priority(world.device):
