@@ -18,16 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ops.kd_head import (
-    IGNORE_INDEX,
-    HeadOptions,
-    _auto_chunk,
-    _matmul_dtype,
-    _mm,
-    _rows,
-    launch_chunk,
-    uses_triton,
-)
+from ops import kd_head as head
+from ops.kd_head import IGNORE_INDEX, HeadOptions
 
 
 def kept(valid: Tensor, share: float) -> Tensor:
@@ -51,19 +43,19 @@ def token_losses(
     0 = all. Logits exist for a chunk of tokens at a time, as in `kd_head`, in float32.
     """
     h, labels = hidden.reshape(-1, hidden.shape[-1]), labels.reshape(-1)
-    dtype = _matmul_dtype(h)
+    dtype = head._matmul_dtype(h)
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     valid, options = labels != IGNORE_INDEX, HeadOptions(ce_weight=1.0)
     losses = torch.zeros(4, len(h), dtype=wide, device=h.device)
     with torch.autocast(h.device.type, enabled=False):
         weight = weight[: vocab or len(weight)].to(dtype)
-        chunk = chunk_size or _auto_chunk(len(h), len(weight) * wide.itemsize, h.device.type)
+        chunk = chunk_size or head._auto_chunk(len(h), len(weight) * wide.itemsize, h.device.type)
         for start in range(0, len(h), max(chunk, 1)):
             rows = slice(start, start + chunk)
-            z = _mm(_rows(h, rows, valid, dtype), weight.t(), wide)  # [C, V]
-            if uses_triton(h, options, {dtype}, len(weight)):
+            z = head._mm(head._rows(h, rows, valid, dtype), weight.t(), wide)  # [C, V]
+            if head.uses_triton(h, options, {dtype}, len(weight)):
                 one = torch.ones((), device=h.device)
-                launch_chunk([z], labels[rows], one, losses[:, rows], options, False)
+                head.launch_chunk([z], labels[rows], one, losses[:, rows], options, False)
             else:
                 losses[1, rows] = F.cross_entropy(
                     z, labels[rows], reduction="none", ignore_index=IGNORE_INDEX
