@@ -109,7 +109,7 @@ def rows_line(data: Mixture, seq_len: int, rows: int) -> str:
     drawn = Order(source.sizes, data.weights, 0).counts(rows)
     line = []
     for name, part, count in zip(data.names, source.parts, drawn, strict=True):
-        text = f"{count:,} rows of {name}, {count / part.num_rows:.2f} epochs"
+        text = f"{count:,} rows of {name}, {count / part.num_rows:.3g} epochs"
         if data.packing == "best_fit":
             text += f" ({part.padding:.2%} padding, {part.cut:.2%} of the documents cut)"
         line.append(text)

@@ -76,3 +76,22 @@ def select_tokens(excess: Tensor, labels: Tensor, rows: int, share: float, total
     best = (place < kept(valid.sum(1), share)[:, None]).expand_as(order)
     chosen = torch.zeros_like(valid).scatter(1, order, best).flatten()
     return chosen.to(torch.uint8).argsort(descending=True, stable=True)[:total]
+
+
+def spread_over_bytes(losses: Tensor, lengths: Tensor, other_lengths: Tensor) -> Tensor:
+    """Losses [n] of tokens of `lengths` bytes as losses [m] of other tokens of the same text, of
+    `other_lengths` bytes: each byte has an equal share of its token's loss, each token the sum of
+    its bytes' shares. So models of different tokenizers compare, token by token.
+
+    In float64. Raises ValueError where the two do not cover as many bytes, or a token has none.
+    """
+    if int(lengths.sum()) != int(other_lengths.sum()):
+        raise ValueError(
+            f"tokens of {int(lengths.sum())} bytes and of {int(other_lengths.sum())}: not one text"
+        )
+    if min(int(lengths.min()), int(other_lengths.min())) < 1:
+        raise ValueError("a token without bytes has no place in the text; leave it out")
+    per_byte = (losses.double() / lengths).repeat_interleave(lengths)
+    token = torch.arange(len(other_lengths), device=losses.device)
+    token = token.repeat_interleave(other_lengths)
+    return per_byte.new_zeros(len(other_lengths)).index_add(0, token, per_byte)

@@ -197,7 +197,7 @@ def test_a_run_of_a_mixture_resumes(refused, corpora, tmp_path, capsys, packing)
     call_script("train", *flags(tmp_path, corpora, "whole", *more))
     out = capsys.readouterr().out
     line = next(line for line in out.splitlines() if line.startswith("rows: "))
-    assert re.search(r"48 rows of a, 0.\d\d epochs.*; 8 rows of b, .*; 24 rows of c, ", line)
+    assert re.search(r"48 rows of a, 0\.\d+ epochs.*; 8 rows of b, .*; 24 rows of c, ", line)
     assert ("padding" in line) == (packing == "best_fit")
     assert metric_rows(tmp_path / "whole", "tokens/b")[8] == 8 * 32
     call_script("train", *flags(tmp_path, corpora, "cut", *more))

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from ops.token_select import kept, num_selected, select_tokens, token_losses
+from ops.token_select import kept, num_selected, select_tokens, spread_over_bytes, token_losses
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
@@ -68,3 +68,37 @@ def test_rows_do_not_influence_each_other():
     assert [i for a in range(0, 8, 2) for i in select(a, a + 2)] == whole
     assert [i for a in range(8) for i in select(a, a + 1)] == whole
     assert (labels.flatten()[whole] != -100).all()
+
+
+def test_losses_spread_over_bytes_by_hand():
+    # "the cat" as th|e cat by one tokenizer, as the| c|at by another.
+    losses, lengths = torch.tensor([4.0, 10.0]), torch.tensor([2, 5])
+    other = torch.tensor([3, 2, 2])
+    assert spread_over_bytes(losses, lengths, other).tolist() == [6.0, 4.0, 4.0]
+    assert spread_over_bytes(losses, lengths, lengths).tolist() == [4.0, 10.0]
+    assert spread_over_bytes(losses, lengths, torch.tensor([7])).tolist() == [14.0]
+    with pytest.raises(ValueError, match="of 7 bytes and of 8: not one text"):
+        spread_over_bytes(losses, lengths, torch.tensor([8]))
+    with pytest.raises(ValueError, match="a token without bytes"):
+        spread_over_bytes(losses, lengths, torch.tensor([3, 0, 4]))
+
+
+def test_losses_spread_over_bytes_keep_their_sum():
+    for _ in range(20):
+        lengths, others = (torch.randint(1, 9, (50,)) for _ in range(2))
+        gap = int(lengths.sum() - others.sum())
+        lengths, others = (
+            torch.cat([x, torch.tensor([max(0, g) + 1])])
+            for x, g in ((lengths, -gap), (others, gap))
+        )
+        losses = torch.rand(51)
+        found = spread_over_bytes(losses, lengths, others)
+        assert found.sum() == pytest.approx(losses.double().sum().item())
+        ends, marks = lengths.cumsum(0).double(), torch.cat([torch.zeros(1), losses.cumsum(0)])
+        total = 0.0
+        for end, loss in zip(others.cumsum(0).tolist(), found.tolist(), strict=True):
+            total += loss  # the loss up to a byte is linear between the ends of tokens
+            i = int((ends < end).sum())
+            before = 0 if i == 0 else ends[i - 1].item()
+            part = (end - before) / lengths[i].item()
+            assert total == pytest.approx(marks[i].item() + part * losses[i].item(), abs=1e-4)
