@@ -3,8 +3,10 @@
 import itertools
 import json
 import re
+import shutil
 from fractions import Fraction
 
+import numpy as np
 import pytest
 import torch
 from conftest import call_script, metric_rows
@@ -12,7 +14,7 @@ from documents import random_documents, write
 
 from config import UserError
 from data import PackedLoader, TokenDataset, eval_batches
-from mixture import Mixture, parse_data
+from mixture import Mixture, open_corpora, parse_data
 from tokenizer import ByteTokenizer
 
 
@@ -171,6 +173,14 @@ def test_held_out_rows_are_of_all_corpora(corpora):
     assert counts == [12, 2, 6] and len(set(rows)) == 20
 
 
+def test_held_out_rows_are_concatenated_always(corpora):
+    spec = f"{corpora[0]}:1,{corpora[1]}:3"
+    name, train, val = open_corpora(spec, ByteTokenizer(), "best_fit")
+    assert (name, train.packing, val.packing) == (spec, "best_fit", "concatenate")
+    assert train.names == val.names == ["a", "b"] and train.weights == val.weights == [1, 3]
+    assert [part.name for part in val.parts] == [f"{folder} (val)" for folder in corpora[:2]]
+
+
 def test_a_corpus_must_have_the_rows_of_a_step(corpora, tmp_path):
     small = str(write(tmp_path / "d", [[1] * 40]))  # 2 rows of 16
     data = mixture([corpora[0], small], (7, 3))
@@ -202,8 +212,6 @@ def test_a_run_of_a_mixture_resumes(refused, corpora, tmp_path, capsys, packing)
     assert metric_rows(tmp_path / "whole", "tokens/b")[8] == 8 * 32
     call_script("train", *flags(tmp_path, corpora, "cut", *more))
     checkpoints = tmp_path / "cut" / "checkpoints"
-    import shutil
-
     shutil.rmtree(checkpoints / "step-8")
     again = (*more, "--resume=auto")
     for weights, says in (
@@ -231,11 +239,16 @@ def test_corpora_that_do_not_fit_are_refused(refused, corpora, tmp_path):
     write(tmp_path / "no-val", random_documents(60))
     write(tmp_path / "short", random_documents(60), "val")
     write(tmp_path / "short", [[1] * 40])
+    (tmp_path / "gpt2").mkdir()
+    for split in ("train", "val"):
+        np.array([5, 6, 50256] * 200, dtype="<u2").tofile(tmp_path / "gpt2" / f"{split}.bin")
     for last, says in (
         ("other", "other (train): written with tokenizer hash abab"),
         ("no-val", "no-val: no split 'val'"),
         ("short", "short (train): 1 rows of sequence length 32 found, at least the 3"),
         ("nowhere", "nowhere': no data set there"),
+        ("nanogpt:gpt2", "gpt2 (train): documents end with token 50256, expected 256"),
     ):
-        folders = [*corpora[:2], str(tmp_path / last)]
+        kind, _, name = last.rpartition(":")
+        folders = [*corpora[:2], f"{kind}:{tmp_path / name}".lstrip(":")]
         assert says in refused("train", *flags(tmp_path, folders, "run"))
