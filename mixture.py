@@ -88,16 +88,23 @@ class Mixture:
         return self._rows[seq_len]
 
 
-def open_corpora(spec: str, tokenizer, packing: str) -> tuple[str, Mixture, Mixture]:
+def open_corpora(
+    spec: str, tokenizer, packing: str, *, build: bool = True
+) -> tuple[str, Mixture, Mixture] | None:
     """(name, training split, held-out split) of `--data`, checked against the tokenizer. Held-out
-    rows are never packed by best fit, so that scores compare."""
+    rows are never packed by best fit, so that scores compare. Without `build` the embedded corpus
+    is not made: where it is asked for, the others are checked and None is returned."""
     splits = {"train": {}, "val": {}}
     corpora = parse_data(spec)
     for name, (data, _) in corpora.items():
+        if data == "stdlib" and not build:
+            continue
         folder = resolve_data(data, tokenizer)
         for split, parts in splits.items():
             parts[name] = TokenDataset.open(folder, split)
         splits["train"][name].check_tokenizer(tokenizer)
+    if len(splits["train"]) < len(corpora):
+        return None
     weights = [weight for _, weight in corpora.values()]
     title = spec if len(corpora) > 1 else folder
     return title, Mixture(splits["train"], weights, packing), Mixture(splits["val"], weights)

@@ -31,7 +31,7 @@ from hybrid_layers import MIXERS
 from layers import ShortConvolution, sdpa_priority
 from losses import num_selected
 from metrics import MetricsLogger, StepTimer, git_commit
-from mixture import Mixture, open_corpora, parse_data
+from mixture import Mixture, open_corpora
 from model import Transformer
 from ops import warm
 from ops.kernels import PACKAGES
@@ -97,11 +97,8 @@ def set_up_torch(cfg: TrainConfig, world: World) -> torch.dtype:
 
 
 def open_data(cfg: TrainConfig, tokenizer, *, build: bool = False):
-    """(name, training split, held-out split) of --data, checked against the tokenizer. Without
-    `build` the embedded corpus is not made, and None is returned if it is not there yet."""
-    if not build and "stdlib" in [data for data, _ in parse_data(cfg.data).values()]:
-        return None
-    return open_corpora(cfg.data, tokenizer, cfg.packing)
+    """(name, training split, held-out split) of --data; see `mixture.open_corpora`."""
+    return open_corpora(cfg.data, tokenizer, cfg.packing, build=build)
 
 
 def compile_wanted(cfg: TrainConfig, world: World) -> bool:

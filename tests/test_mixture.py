@@ -181,6 +181,14 @@ def test_held_out_rows_are_concatenated_always(corpora):
     assert [part.name for part in val.parts] == [f"{folder} (val)" for folder in corpora[:2]]
 
 
+def test_the_embedded_corpus_of_a_mixture_waits(corpora):
+    """Before a process group starts it is not made, but the others are checked."""
+    spec = f"stdlib:1,{corpora[0]}:1"
+    assert open_corpora(spec, ByteTokenizer(), "concatenate", build=False) is None
+    with pytest.raises(UserError, match=r"'nowhere': no data set there"):
+        open_corpora(f"{spec},nowhere:1", ByteTokenizer(), "concatenate", build=False)
+
+
 def test_a_corpus_must_have_the_rows_of_a_step(corpora, tmp_path):
     small = str(write(tmp_path / "d", [[1] * 40]))  # 2 rows of 16
     data = mixture([corpora[0], small], (7, 3))
@@ -226,6 +234,21 @@ def test_a_run_of_a_mixture_resumes(refused, corpora, tmp_path, capsys, packing)
     assert "packing" in refused("train", *changed)
     call_script("train", *flags(tmp_path, corpora, "cut", *again))
     assert metric_rows(tmp_path / "cut") == metric_rows(tmp_path / "whole")
+
+
+def test_align_cycles_through_some_rows_of_a_mixture(corpora, tiny_teacher, tmp_path, capsys):
+    data = ",".join(f"{folder}:{w}" for folder, w in zip(corpora, (6, 1, 3), strict=True))
+    call_script(
+        "train_kd", f"--data={data}", f"--teacher={tiny_teacher}", "--config=tests/kd.yaml",
+        f"--save_model_dir={tmp_path}", "--run=kd", "--layers=1,2", "--device=cpu",
+        "--dtype=float32", "--eval_tokens=320", "--sample_tokens=0", "--calibrate_tokens=320",
+        "--align_unique_tokens=640", "--align_batch_tokens=320", "--distill_batch_tokens=320",
+    )  # fmt: skip
+    out = capsys.readouterr().out
+    assert re.search(r"^align: 12 rows of a, .*; 2 rows of b, .*; 6 rows of c, ", out, re.M)
+    assert re.search(r"^distill: 36 rows of a, .*; 6 rows of b, .*; 18 rows of c, ", out, re.M)
+    losses, tokens = metric_rows(tmp_path / "kd"), metric_rows(tmp_path / "kd", "tokens/c")
+    assert len(losses) == 12 and sorted(tokens) == list(range(7, 13)) and tokens[12] == 18 * 32
 
 
 def test_corpora_that_do_not_fit_are_refused(refused, corpora, tmp_path):

@@ -117,6 +117,17 @@ def test_labels_of_packed_rows(corpus):
     assert batch.num_valid == sum(label != IGNORE for label in labels)
 
 
+def test_without_a_document_mask_the_labels_are_the_same(corpus):
+    _, dataset = corpus
+    rows = range(packed(dataset).rows(16).sizes[0])
+    kept, open_ = (pack_rows(packed(dataset), rows, 16, doc_mask) for doc_mask in (True, False))
+    assert open_.cu_seqlens is None and open_.input_ids.shape == (len(rows), 16)
+    assert (open_.position_ids == torch.arange(16)).all()
+    assert torch.equal(open_.input_ids.flatten(), kept.input_ids[0])
+    assert torch.equal(open_.labels.flatten(), kept.labels[0])
+    assert open_.row_valid == (open_.labels != IGNORE).sum(1).tolist()
+
+
 @pytest.mark.parametrize("kinds", ["FF", "LS"])
 def test_packed_logits_are_those_of_each_document_alone(corpus, kinds):
     _, dataset = corpus
