@@ -146,8 +146,8 @@ def distil(cfg: DistillConfig, argv: list[str]) -> None:
     )
     fresh = run.resumed_from is None
     if layers and convert and fresh and not cfg.aligned:
-        first = train_data.parts[0]
-        ids = first.read(0, min(128, first.num_tokens))
+        text = train_data.parts[0]
+        ids = text.read(0, min(128, text.num_tokens))
         ids = torch.from_numpy(ids)[None].to(world.device)
         most = 1e-3 if cfg.transfer.kv == "heads" else math.inf
         worst = check_transfer(source, student, layers, ids, most)
