@@ -35,12 +35,13 @@ import torch
 from torch import Tensor, nn
 
 from config import Search, UserError, uniform_layers
-from data import Batch, PackedLoader, TokenDataset, eval_batches
+from data import Batch, PackedLoader, eval_batches
 from distributed import World, sum_gradients
 from evaluate import Evaluator, eval_rows, inputs
 from hybrid_layers import convert_layers
 from layers import sdpa_priority
 from losses import ce_head, kd_head
+from mixture import Mixture
 from model import Transformer
 from recall import Question, questions
 
@@ -269,7 +270,7 @@ def answer_loss(student: Transformer, batch: Batch) -> Tensor:
 
 def choose_layers(
     student: Transformer, teacher: Transformer, candidates: list[int], *, share: float,
-    settings: Search, train_data: TokenDataset, val_data: TokenDataset, tokenizer, amp,
+    settings: Search, train_data: Mixture, val_data: Mixture, tokenizer, amp,
     world: World, seed: int, doc_mask: bool = True,
 ) -> dict:  # fmt: skip
     """Score `candidates`, all linear in `student`, and choose `share` of them to stay linear.
