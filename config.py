@@ -299,6 +299,12 @@ class TrainConfig:
                                         choices=("none", "selective", "full"))  # fmt: skip
     kernel: str = opt("auto", "linear-attention kernel",
                       choices=("auto", "naive", "chunk", "fla", "mamba_ssm"))  # fmt: skip
+    parallel: str = opt(
+        "auto", "each rank has whole models (ddp) or pieces (fsdp: FSDP2); auto = fsdp where ddp "
+        "would fill half a GPU", choices=("auto", "ddp", "fsdp"),
+    )  # fmt: skip
+    shard_ranks: int = opt(0, "fsdp: ranks that a model is cut over, groups of which are copies; "
+                           "0 = all", low=0)  # fmt: skip
     matmul_precision: str = opt("high", "float32 matmuls on CUDA: high = TF32",
                                 choices=("highest", "high", "medium"))  # fmt: skip
     log_every: int = opt(1, "steps between console lines", low=1)

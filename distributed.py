@@ -1,6 +1,6 @@
 """Ranks and devices: process groups, DDP, gradient sums outside DDP, per-block compile, signals.
 
-`parallelize` is the one place that decides how a module is spread; FSDP2 will be a second branch.
+FSDP2 is in fsdp.py.
 Check: `pytest tests/test_runs.py tests/faults`.
 """
 
@@ -205,7 +205,7 @@ def sum_gradients(params: Iterable[nn.Parameter], world: World) -> None:
 
 
 def parallelize(module: nn.Module, world: World) -> nn.Module:
-    """The module as every rank trains it: DDP, or itself in one process."""
+    """The module as every rank trains it without FSDP2: DDP, or itself in one process."""
     if world.size == 1:
         return module
     from torch.nn.parallel import DistributedDataParallel
@@ -216,13 +216,17 @@ def parallelize(module: nn.Module, world: World) -> nn.Module:
     )
 
 
-def compile_blocks(model: nn.Module) -> None:
-    """torch.compile every block by itself: one graph is reused by all blocks of a kind."""
+def compile_blocks(model: nn.Module, hooks: bool = False) -> None:
+    """torch.compile every block by itself: one graph is reused by all blocks of a kind. hooks: such
+    as FSDP2's are to come, which stay outside of the graph."""
     model.compiled = True
     for block in model.layers:
-        if block.kind != "full_attention":
-            block.attention.compile()  # align calls a converted one by itself
         if block.kind != "linear_attention":
             block.self_attn.compiled = True
+        if hooks:
+            block.forward = torch.compile(block.forward)
+            continue
+        if block.kind != "full_attention":
+            block.attention.compile()  # align calls a converted one by itself
         block.compile()
     model.norm.compile()

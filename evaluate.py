@@ -20,6 +20,7 @@ import shlex
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -27,8 +28,9 @@ import torch
 from torch import Tensor
 
 from config import UserError
-from data import Batch, TokenDataset, eval_batches
+from data import IGNORE, Batch, TokenDataset, eval_batches
 from distributed import World, all_sum
+from fsdp import reshard
 from generate import Decoder, for_decoding, generate, generate_batch
 from hybrid_layers import resolve_kernels, use_kernels
 from layers import sdpa_priority
@@ -66,7 +68,9 @@ class Evaluator:
                 "--eval_tokens: no held-out row fits, more tokens or shorter rows expected"
             )
         self.world = world or World(0, 1, torch.device("cpu"))
-        self.batches = batches[self.world.rank :: self.world.size]
+        over = -len(batches) % self.world.size  # every rank runs as many forwards (FSDP2)
+        blank = replace(batches[-1], labels=torch.full_like(batches[-1].labels, IGNORE))
+        self.batches = [*batches, *[blank] * over][self.world.rank :: self.world.size]
         self.teacher, self.amp, self.first = teacher, amp, first
         self._held: list[tuple[Tensor, Tensor | None]] | None = None
 
@@ -112,6 +116,8 @@ class Evaluator:
                     )  # fmt: skip
                     parts = (out.ce, out.count, out.kd, out.teacher_ce, out.agree)
                     sums += torch.stack([p.to(out.ce) for p in parts]).cpu()
+        for one in (model, self.teacher):
+            reshard(one)
         sums = all_sum(sums.to(self.world.device, torch.float32), self.world)
         ce, count, *rest = sums.tolist()
         if not count:
@@ -175,6 +181,7 @@ def completions(
                 eos=tokenizer.eos_token_id, generator=torch.Generator(device).manual_seed(0),
             )  # fmt: skip
             texts.append(tokenizer.decode(new))
+    reshard(model)
     return texts
 
 

@@ -52,6 +52,11 @@ class MLP(nn.Module):
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
 
 
+def is_fsdp(model: nn.Module) -> bool:
+    """Whether FSDP2 has cut it (fsdp.py)."""
+    return hasattr(model, "unshard")
+
+
 class Block(nn.Module):
     """h + attention(norm(h)), then h + MLP(norm(h)). The attention is `self_attn` (softmax) or
     `linear_attn` (a mixer), by `kind`."""
@@ -75,9 +80,13 @@ class Block(nn.Module):
         return self.linear_attn if self.kind == "linear_attention" else self.self_attn
 
     def forward(
-        self, h: Tensor, seq: SeqInfo, cache: LayerCache | None = None, tap: bool = False
-    ) -> Tensor | tuple[Tensor, Tensor, Tensor]:
-        """h [B, T, d] -> h. With `tap` also the attention's input and output, both [B, T, d]."""
+        self, h: Tensor, seq: SeqInfo, cache: LayerCache | None = None, tap: bool = False,
+        alone: bool = False,
+    ) -> Tensor | tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+        """h [B, T, d] -> h. With `tap` also the attention's input and output, both [B, T, d]; with
+        `alone` h is that input already, and its output is all."""
+        if alone:
+            return self.attention(h, seq)
         if self.recompute == "none" or cache is not None or tap or not torch.is_grad_enabled():
             return self.compute(h, seq, cache, tap)
         return RUN[self.recompute](self.compute, h, seq)
@@ -130,7 +139,9 @@ class Transformer(nn.Module):
 
     @property
     def head_weight(self) -> Tensor:
-        """[vocab, d], tied or not."""
+        """[vocab, d], tied or not; gathered where FSDP2 has cut it."""
+        if is_fsdp(self):
+            self.unshard()
         return self.embed_tokens.weight if self.lm_head is None else self.lm_head.weight
 
     def seq_info(
@@ -236,6 +247,9 @@ class Transformer(nn.Module):
     ) -> Iterator[tuple[int, Tensor, Tensor, SeqInfo]]:
         """Run the blocks up to the last of `layers`, yielding (i, input, output, seq) of each one's
         attention, [B, T, d] both, as soon as they are known, so nothing need be kept."""
+        sharded = is_fsdp(self)
+        if sharded:
+            self.unshard()  # what it does by itself when a model or a block is called
         h = self.embed(input_ids)
         seq = self.seq_info(
             h.shape[1], positions=positions, cu_seqlens=cu_seqlens, max_seqlen=max_seqlen,
@@ -246,7 +260,12 @@ class Transformer(nn.Module):
             h, normed, out = self.layers[i](h, seq, None, True)  # one compiled graph for all
             if i in layers:
                 yield i, normed, out, seq
-        block = self.layers[last]  # its MLP is not needed
+        block = self.layers[last]
+        if sharded:
+            _, normed, out = block(h, seq, None, True)
+            yield last, normed, out, seq
+            return
+        # Its MLP is not needed.
         normed = block.input_layernorm(h)
         yield last, normed, block.attention(normed, seq), seq
 

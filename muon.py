@@ -22,6 +22,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from config import UserError
+from muon_shards import Exchange, cut_of, is_sharded, local, total_norms
 from ops.multi_tensor import PLAIN, TRITON, Passes, uses_triton
 
 EPS = 1e-7  # floor of the norm that Newton-Schulz divides by, as in torch.optim.Muon
@@ -75,11 +76,6 @@ STACK_SHARE = 32
 # bfloat16 the plain one errs by 1e-2 and 2e-1 (192 x 1120, polar_express, against float64).
 WIDE = 2
 PARTS = (2, 3)
-
-
-def is_sharded(tensor: Tensor) -> bool:
-    # What FSDP2 makes of a tensor; importing DTensor to ask isinstance would cost a second.
-    return hasattr(tensor, "full_tensor")
 
 
 def choose(table: dict, name: str, what: str):
@@ -184,8 +180,10 @@ def _gram_iterations(x: Tensor, polynomials: list[tuple[float, float, float]]) -
 
 @dataclass
 class _Matrix:
-    """One parameter of this step, with what is needed to compute and to apply its update."""
+    """One parameter of this step, with what is needed to compute and to apply its update. Of a
+    matrix that FSDP2 has cut, the tensors are this rank's rows."""
 
+    shape: torch.Size  # of the whole matrix
     param: Tensor
     grad: Tensor
     momentum_buffer: Tensor
@@ -211,14 +209,14 @@ def _make_stacks(matrices: list[_Matrix]) -> list[_Stack]:
     """
     by_shape = defaultdict(list)
     for matrix in matrices:
-        p = matrix.param
-        by_shape[p.shape, p.device, matrix.momentum].append(matrix)
+        by_shape[matrix.shape, matrix.param.device, matrix.momentum].append(matrix)
     stacks = []
-    share = sum(m.param.numel() for m in matrices) // STACK_SHARE
+    share = sum(m.shape.numel() for m in matrices) // STACK_SHARE
     for (shape, _, _), same in by_shape.items():
         n, fit = len(same), max(1, max(STACK_ELEMENTS, share) // shape.numel())
         count = math.ceil(n / fit)
-        triton = uses_triton(t for m in same for t in (m.param, m.grad, m.momentum_buffer))
+        tensors = [t for m in same for t in (m.param, m.grad, m.momentum_buffer)]
+        triton = uses_triton(tensors) and all(t.numel() for t in tensors)
         for i in range(count):
             some = same[n * i // count : n * (i + 1) // count]
             stacks.append(_Stack(some, TRITON if triton else PLAIN))
@@ -232,7 +230,7 @@ def _deal(stacks: list[_Stack], world_size: int) -> list[list[tuple[int, _Stack]
     """
 
     def cost(stack: _Stack) -> int:
-        short, long = sorted(stack.matrices[0].param.shape)
+        short, long = sorted(stack.matrices[0].shape)
         return len(stack.matrices) * short * short * (2 * long + short)
 
     load = [0] * world_size
@@ -259,7 +257,8 @@ class Muon(torch.optim.Optimizer):
     one shape as one batch, and with `world_size > 1` shares Newton-Schulz over the ranks: each
     computes whole stacks and broadcasts the orthogonalised update. Gradients must already be
     averaged, and every rank must have gradients for the same parameters. Momentum is kept on every
-    rank: it costs an addition, and any rank can then write the checkpoint.
+    rank: it costs an addition, and any rank can then write the checkpoint. Of matrices that FSDP2
+    has cut each rank keeps its rows (muon_shards.py).
 
     params: 2-D tensors, or groups that may set lr, weight_decay and momentum.
     lr: see the module's docstring for the unit.
@@ -267,7 +266,7 @@ class Muon(torch.optim.Optimizer):
     ns_dtype: its dtype; None means float16 on CUDA (eight times as exact as bfloat16 and as fast;
     matrices are normalised in float32 first), float32 elsewhere.
     process_group: None is the default group; unused when world_size is 1.
-    Raises UserError for an unknown name, a parameter that is not 2-D, and an FSDP2 shard.
+    Raises UserError for an unknown name and a parameter that is not 2-D.
     """
 
     def __init__(
@@ -298,8 +297,6 @@ class Muon(torch.optim.Optimizer):
         for p in (p for group in self.param_groups for p in group["params"]):
             if p.ndim != 2:
                 raise UserError(f"Muon takes 2-D parameters, not one of shape {tuple(p.shape)}")
-            if is_sharded(p):
-                raise UserError("Muon needs whole matrices: use_muon does not work with FSDP2 yet")
 
     def init_state(self) -> None:
         """Create the state that is missing, so that a checkpoint can be read before a step."""
@@ -311,11 +308,12 @@ class Muon(torch.optim.Optimizer):
     def step(self, go: Tensor | None = None) -> None:
         """go: see ops/multi_tensor.py."""
         self.init_state()
-        stacks = _make_stacks(self._matrices())
-        for stack in stacks:
-            buffers, grads, mix = self._settings(stack)
-            stack.norms = stack.passes.momentum(buffers, grads, **mix, go=go)
-        rounds = _deal(stacks, self.world_size)
+        cut, whole = self._matrices(sharded=True), self._matrices()
+        if cut:
+            self._step_shards(cut, go)
+        if not whole:
+            return
+        rounds = _deal(self._momentum(whole, go), self.world_size)
         # One round is applied while the next is computed and sent: the exchange hides behind
         # Newton-Schulz, and at most two rounds of updates are alive.
         in_flight: list[tuple] = []
@@ -325,15 +323,44 @@ class Muon(torch.optim.Optimizer):
             in_flight = sent
         self._apply(in_flight, go)
 
-    def _matrices(self) -> list[_Matrix]:
+    def _step_shards(self, matrices: list[_Matrix], go: Tensor | None) -> None:
+        """As `step`, of matrices that FSDP2 has cut."""
+        params = (p for group in self.param_groups for p in group["params"])
+        cut = cut_of(next(filter(is_sharded, params)))
+        stacks = self._momentum(matrices, go)
+        norms = total_norms([stack.norms for stack in stacks], cut)
+        for stack, norm in zip(stacks, norms, strict=True):
+            stack.norms = norm
+        for dealt in _deal(stacks, cut.size):
+            pieces, shapes = {}, {}
+            for owner, stack in dealt:
+                shapes[owner] = (len(stack.matrices), *stack.matrices[0].shape)
+                pieces[owner] = self._directions(stack)
+            exchange = Exchange(cut, shapes, next(iter(pieces.values())))
+            mine = exchange.to_owners(pieces)
+            if mine is not None:
+                mine = orthogonalise(mine, **self.ns_settings)
+            updates = exchange.to_ranks(mine)
+            self._apply([(stack, updates[owner], None) for owner, stack in dealt], go)
+
+    def _momentum(self, matrices: list[_Matrix], go: Tensor | None) -> list[_Stack]:
+        """The stacks, their momentum up to date."""
+        stacks = _make_stacks(matrices)
+        for stack in stacks:
+            buffers, grads, mix = self._settings(stack)
+            stack.norms = stack.passes.momentum(buffers, grads, **mix, go=go)
+        return stacks
+
+    def _matrices(self, sharded: bool = False) -> list[_Matrix]:
         matrices = []
         for group in self.param_groups:
             lr, momentum = group["lr"], float(group["momentum"])
             shrink = 1.0 - lr * group["weight_decay"]
             for p in group["params"]:
-                if p.grad is not None:
-                    buffer, scale = self.state[p]["momentum_buffer"], lr * self.adjust(*p.shape)
-                    matrices.append(_Matrix(p, p.grad, buffer, momentum, shrink, scale))
+                if p.grad is not None and is_sharded(p) == sharded:
+                    tensors = map(local, (p, p.grad, self.state[p]["momentum_buffer"]))
+                    scale = lr * self.adjust(*p.shape)
+                    matrices.append(_Matrix(p.shape, *tensors, momentum, shrink, scale))
         return matrices
 
     def _settings(self, stack: _Stack) -> tuple[list[Tensor], list[Tensor], dict]:
@@ -342,20 +369,27 @@ class Muon(torch.optim.Optimizer):
         grads = [m.grad for m in stack.matrices]
         return buffers, grads, {"momentum": stack.matrices[0].momentum, "nesterov": self.nesterov}
 
-    def _orthogonalise(self, stack: _Stack, out: Tensor) -> Tensor:
-        buffers, grads, mix = self._settings(stack)
-        factors = (stack.norms * self.slack).clamp(min=self.eps).reciprocal()
-        stack.passes.directions(out, buffers, grads, factors, **mix)
-        return orthogonalise(out, **self.ns_settings)
-
-    def _exchange(self, owner: int, stack: _Stack) -> tuple:
-        """Compute the update of a stack, or start to receive it; (stack, update, pending work)."""
+    def _room(self, stack: _Stack) -> Tensor:
+        """Memory for the directions or the update of a stack, in the dtype of Newton-Schulz."""
         param = stack.matrices[0].param
         default = torch.float16 if param.is_cuda else torch.float32
         shape = (len(stack.matrices), *param.shape)
-        update = torch.empty(shape, dtype=self.ns_dtype or default, device=param.device)
+        return torch.empty(shape, dtype=self.ns_dtype or default, device=param.device)
+
+    def _directions(self, stack: _Stack) -> Tensor:
+        """[N, R, C], divided by their norms."""
+        buffers, grads, mix = self._settings(stack)
+        factors = (stack.norms * self.slack).clamp(min=self.eps).reciprocal()
+        out = self._room(stack)
+        stack.passes.directions(out, buffers, grads, factors, **mix)
+        return out
+
+    def _exchange(self, owner: int, stack: _Stack) -> tuple:
+        """Compute the update of a stack, or start to receive it; (stack, update, pending work)."""
         if owner == self.rank:
-            update = self._orthogonalise(stack, update)
+            update = orthogonalise(self._directions(stack), **self.ns_settings)
+        else:
+            update = self._room(stack)
         if self.world_size == 1:
             return stack, update, None
         # As bytes: gloo has not always known bfloat16, and a broadcast does no arithmetic.

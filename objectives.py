@@ -17,10 +17,11 @@ from config import StageConfig
 from data import Batch
 from distributed import World, parallelize, sum_gradients
 from evaluate import inputs
+from fsdp import average_whole_gradients
 from hybrid_layers import mixer_parameters
 from layers import SeqInfo
 from losses import align_loss, ce_head, kd_head, num_selected, select_tokens, token_losses
-from model import Transformer
+from model import Transformer, is_fsdp
 from optimizer import clip_grad_norm
 
 
@@ -84,7 +85,8 @@ class HeadObjective:
         self.mixers = mixer_parameters(student, layers).keys()
         self.params = {n: p for n, p in student.named_parameters() if p.requires_grad}
         loss = HeadLoss(student, teacher, stage, first, unit_grad=world.size == 1)
-        self.module = parallelize(loss, world)
+        self.sharded = is_fsdp(student)
+        self.module = loss if self.sharded else parallelize(loss, world)
         self.names = ("ce",)
         if teacher is not None and stage.kd_weight:
             self.names = ("kl", "ce") if stage.ce_weight else ("kl",)
@@ -94,13 +96,15 @@ class HeadObjective:
         rank's share of the sums: add them over ranks."""
         sums: dict[str, Tensor] = {}
         for i, batch in enumerate(batches):
-            wait = self.world.size > 1 and i + 1 < len(batches)
+            wait = self.world.size > 1 and not self.sharded and i + 1 < len(batches)
             with self.module.no_sync() if wait else nullcontext():
                 out = self.module(batch, count)
-                (out.loss * self.world.size).backward()  # DDP takes the mean over ranks
+                (out.loss * self.world.size).backward()  # DDP and FSDP2 take the mean over ranks
             parts = {"loss": out.loss.detach(), "kl": out.kd / count, "ce": out.ce / count}
             for name in ("loss", *self.names):
                 sums[name] = sums.get(name, 0) + parts[name]
+        if self.sharded:
+            average_whole_gradients(self.params.values(), self.world)
         return sums
 
     def clip(self, max_norm: float) -> Tensor:
@@ -113,7 +117,8 @@ class AlignObjective:
 
     One teacher pass; each layer's backward runs as soon as its target is known, so memory is that
     of one layer. Layers do not influence each other: gradients are clipped per mixer. Never
-    under DDP, whose hooks a direct call of the mixers would bypass without an error.
+    under DDP, whose hooks a direct call of the mixers would bypass without an error; of FSDP2 the
+    block's own hooks run.
 
     keep: hold the teacher's inputs and outputs of every row in bfloat16, for stages that see the
     same rows several times (`unique_tokens`) where the teacher is what costs.
@@ -138,15 +143,20 @@ class AlignObjective:
     def backward(self, batches: list[Batch], count: Tensor) -> dict[str, Tensor]:
         """As HeadObjective.backward; `count` is not used: every token has a target."""
         tokens = self.world.size * len(batches) * batches[0].input_ids.numel()
+        sharded = is_fsdp(self.student)
         sums: dict[str, Tensor] = {}
         for batch in batches:
             for i, normed, target, seq in no_grad_iter(self._taps(batch)):
-                out = self.student.layers[i].attention(normed, seq)
+                block = self.student.layers[i]
+                out = block(normed, seq, alone=True) if sharded else block.attention(normed, seq)
                 loss = align_loss(out, target, normalizer=tokens)
-                loss.backward()
+                (loss * self.world.size if sharded else loss).backward()
                 name = f"layer_{i}"
                 sums[name] = sums.get(name, 0) + loss.detach()
-        sum_gradients(self.params.values(), self.world)
+        if sharded:
+            average_whole_gradients(self.params.values(), self.world)
+        else:
+            sum_gradients(self.params.values(), self.world)
         sums["loss"] = sum(sums.values()) / len(self.layers)
         return sums
 

@@ -20,7 +20,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from config import UserError
-from muon import Muon, choose, is_sharded
+from muon import Muon, choose
+from muon_shards import cut_of, is_sharded, local, total_norms
 from ops.multi_tensor import (
     KINDS,
     plain_adamw,
@@ -129,7 +130,11 @@ class AdamW(torch.optim.AdamW):
             for p in group["params"]:
                 if p.grad is not None:
                     state = self.state[p]
-                    one = p, p.grad, state["exp_avg"], state["exp_avg_sq"], state["step"]
+                    tensors = p, p.grad, state["exp_avg"], state["exp_avg_sq"], state["step"]
+                    one = tuple(map(local, tensors))
+                    if not one[0].numel():  # FSDP2 had no row left for this rank
+                        state["step"] += 1 if go is None else go
+                        continue
                     launches[p.dtype, uses_triton(one[:4], KINDS)].append(one)
             for (_, triton), some in launches.items():
                 run = triton_adamw if triton else plain_adamw
@@ -298,8 +303,8 @@ def build_optimizer(
         # One kernel per step instead of a dozen passes over the parameters.
         params = [p for g in adamw_groups for p in g["params"]]
         fused = all(p.device.type in ("cpu", "cuda") for p in params)
-        ours = uses_triton(params, KINDS) or any(p.dtype == torch.bfloat16 for p in params)
-        ours = ours and not any(map(is_sharded, params))
+        ours = uses_triton(map(local, params), KINDS)
+        ours = ours or any(p.dtype == torch.bfloat16 for p in params)
         kind = AdamW if ours else torch.optim.AdamW
         adamw = kind(adamw_groups, lr=lr, betas=betas, eps=eps, fused=fused)
     return OptimizerSet(muon, adamw)
@@ -322,16 +327,15 @@ def clip_grad_norm(params: Iterable[nn.Parameter], max_norm: float) -> Tensor:
         return torch.zeros(())
     kinds = defaultdict(list)
     for grad in grads:
-        kinds[is_sharded(grad)].append(grad)  # foreach ops cannot mix shards and plain tensors
+        kinds[is_sharded(grad)].append(grad)
     totals = []
     for sharded, some in kinds.items():
-        norm = total_norm(some)
-        totals.append(norm.full_tensor() if sharded else norm)
+        norm = total_norm([local(g) for g in some])
+        totals.append(total_norms([norm[None]], cut_of(some[0]))[0][0] if sharded else norm)
     total = torch.linalg.vector_norm(torch.stack(totals))
     if max_norm > 0:
         factor = (max_norm / (total + 1e-6)).clamp(max=1.0)
-        for sharded, some in kinds.items():
-            (torch._foreach_mul_ if sharded else scale_)(some, factor)
+        scale_([local(g) for g in grads], factor)
     return total
 
 

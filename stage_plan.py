@@ -12,6 +12,7 @@ import torch
 from config import ModelConfig, StageConfig, TrainConfig, UserError
 from distributed import World
 from flops import kept_bytes
+from fsdp import wants_fsdp
 from model import Transformer
 
 MICRO_BATCH_TOKENS = 32_768  # where memory is not known
@@ -46,20 +47,22 @@ class StagePlan:
 
 
 def micro_batch_tokens(
-    cfg: TrainConfig, name: str, stage: StageConfig, device: torch.device, config: ModelConfig
+    cfg: TrainConfig, name: str, stage: StageConfig, world: World, config: ModelConfig
 ) -> int:
     """Tokens of a micro-batch: on CUDA as many as are likely to fit beside a student and a teacher
     of this shape. The fewer micro-batches, the less a small model waits for the host."""
-    if device.type != "cuda":
+    if world.device.type != "cuda":
         return MICRO_BATCH_TOKENS
     with torch.device("meta"):
         params = Transformer(config).num_params()
     # Teacher and compute type 2 bytes each; float32 weights, gradients and two AdamW states 16.
     weights = params * (20 if stage.train == "all" else 6)
+    if wants_fsdp(cfg, world, config):
+        weights //= cfg.shard_ranks or world.size
     token = kept_bytes(config, cfg.activation_checkpointing)
     if name == "align":  # one layer at a time
         token = 2 * token // config.num_hidden_layers
-    room = 0.75 * torch.cuda.get_device_properties(device).total_memory - weights
+    room = 0.75 * torch.cuda.get_device_properties(world.device).total_memory - weights
     return min(MOST_TOKENS, max(int(room / token), 0))
 
 
@@ -84,7 +87,7 @@ def plan_stage(
         per_rank = max(1, rows // world.size)
         limit = MICRO_BATCH_TOKENS
         if config is not None:
-            limit = micro_batch_tokens(cfg, name, stage, world.device, config)
+            limit = micro_batch_tokens(cfg, name, stage, world, config)
         limit = max(1, limit // stage.seq_len)
         micro = max(m for m in range(1, per_rank + 1) if per_rank % m == 0 and m <= limit)
     if rows % (world.size * micro):

@@ -133,16 +133,18 @@ def check_aligned(cfg, found: ModelConfig, wanted: ModelConfig, layers: list[int
 
 
 def build_models(
-    cfg: DistillConfig, layers: list[int], convert: bool, world: World, dtype: torch.dtype
-) -> tuple[Transformer, Transformer, Transformer, bool]:
+    cfg: DistillConfig, layers: list[int], convert: bool, world: World, dtype: torch.dtype,
+    fsdp: bool = False,
+) -> tuple[Transformer, Transformer, Transformer, bool]:  # fmt: skip
     """(teacher, source, student, shared): the frozen teacher in the compute type, the model whose
     layers were converted (the teacher, or --student as it was), and the student, whose trunk is
-    the teacher's own where only mixers train, else a copy in --trunk_dtype."""
+    the teacher's own where only mixers train, else a copy in --trunk_dtype. fsdp: never the
+    teacher's own, as FSDP2 gathers each model by itself."""
     teacher = load_model(cfg.teacher, dtype=dtype, device=world.device)
     teacher.eval().requires_grad_(False)
     stages = [getattr(cfg, name) for name in cfg.stage_names()]
     only_mixers = all(s.train == "mixers" for s in stages)
-    shared = not cfg.student and only_mixers and cfg.share_trunk == "auto"
+    shared = not cfg.student and only_mixers and cfg.share_trunk == "auto" and not fsdp
     source = teacher
     if not cfg.student:
         student = convert_layers(

@@ -16,6 +16,7 @@ from config import ModelConfig, PretrainConfig, UserError, parse_layers
 from data import eval_batches, require_rows
 from distributed import World, compile_blocks, main_first, start, stop, this_process
 from evaluate import Evaluator, completions, eval_rows
+from fsdp import gathered, ranks_line, shard, wants_fsdp
 from hf import fingerprint, load_model, save_model, tokenizer_spec
 from hybrid_layers import convert_config, resolve_kernels, use_kernels
 from mixture import rows_line
@@ -105,6 +106,7 @@ def pretrain(cfg: PretrainConfig, argv: list[str]) -> None:
         check_reference(cfg, tokenizer)
     check_run_folder(cfg)
     world = this_process(cfg.device)
+    fsdp = wants_fsdp(cfg, world, config)
     kernels = resolve_kernels(config, cfg.kernel, world.device, cfg.dtype)
     open_data(cfg, tokenizer)
     warm_up(config, kernels, cfg, world)
@@ -138,7 +140,7 @@ def pretrain(cfg: PretrainConfig, argv: list[str]) -> None:
     if reference is not None:
         say(f"reference: {cfg.reference}, {reference.num_params():,} parameters; the loss is over "
             f"{cfg.select_tokens:g} of each row's tokens")  # fmt: skip
-    say(f"compute: {world.size} x {world.device.type}, {dtype}, {linear}")
+    say(f"compute: {ranks_line(cfg, world, fsdp)}, {dtype}, {linear}")
     say(plan.line(world))
     say(f"rows: {rows_line(train_data, seq_len, plan.steps * plan.rows)}")
     if cfg.dry_run:
@@ -148,9 +150,11 @@ def pretrain(cfg: PretrainConfig, argv: list[str]) -> None:
     restore_weights(run, model)
     set_recompute(model, cfg.activation_checkpointing)
     if compile_wanted(cfg, world):
-        compile_blocks(model)
+        compile_blocks(model, hooks=fsdp)
         if reference is not None:
             compile_blocks(reference)
+    if fsdp:
+        shard(model, world, dtype=dtype, shard_ranks=cfg.shard_ranks, amp=run.amp)
     evaluator = Evaluator(held_out, None, amp=run.amp, world=world)
     if "pretrain" not in run.done:
         objective = HeadObjective(model, reference, stage, world, [])
@@ -166,12 +170,13 @@ def pretrain(cfg: PretrainConfig, argv: list[str]) -> None:
         f"entropy {entropy:.3f}; perplexity {scores['ppl']:.2f}, "
         f"{scores['ce'] / math.log(2):.3f} bits/token"
     )
-    if world.is_main and cfg.sample_tokens:
+    if cfg.sample_tokens and (world.is_main or fsdp):
         texts = completions(model, tokenizer, cfg.sample_tokens, run.amp, cfg.sample_temperature)
         for prompt, text in zip(PROMPTS[:IN_RUN], texts, strict=True):
             say(f"sample: {prompt!r} -> {text!r}")
+    whole = gathered(model, world) if fsdp and cfg.save_model else model
     if world.is_main and cfg.save_model:
-        kind = save_model(model, run.folder / "model", tokenizer_from=spec)
+        kind = save_model(whole, run.folder / "model", tokenizer_from=spec)
         say(f"model saved in {run.folder / 'model'} as {kind}")
     finish(run)
 

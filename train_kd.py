@@ -30,6 +30,7 @@ from distributed import (
     this_process,
 )
 from evaluate import Evaluator, completions, eval_rows, zeroed_attention
+from fsdp import gathered, ranks_line, shard, wants_fsdp
 from hf import DTYPES, fingerprint, save_model
 from hybrid_layers import (
     cast_trunk,
@@ -41,7 +42,7 @@ from hybrid_layers import (
 )
 from layers import attention_kernel
 from mixture import Mixture, rows_line
-from model import Transformer
+from model import Transformer, is_fsdp
 from objectives import AlignObjective, HeadObjective
 from ops.float8_linear import float8_copy, supports_float8
 from prompts import IN_RUN, PROMPTS
@@ -97,13 +98,15 @@ class Samples:
 
     def write(self, student: Transformer) -> list[dict[str, str]]:
         """prompt, teacher, student for each prompt; nothing on ranks other than 0."""
-        cfg = self.run.cfg
-        if not self.run.world.is_main or not cfg.sample_tokens:
+        cfg, main = self.run.cfg, self.run.world.is_main
+        if not cfg.sample_tokens or not (main or is_fsdp(student)):
             return []
         how = (self.tokenizer, cfg.sample_tokens, self.run.amp, cfg.sample_temperature)
         self.theirs = self.theirs or completions(self.teacher, *how)
         texts = zip(PROMPTS[:IN_RUN], self.theirs, completions(student, *how), strict=True)
         rows = [{"prompt": p, "teacher": t, "student": s} for p, t, s in texts]
+        if not main:
+            return []
         with open(self.run.folder / "samples.jsonl", "a") as f:
             f.write(json.dumps({"step": self.run.step, "samples": rows}) + "\n")
         return rows
@@ -114,6 +117,7 @@ def distil(cfg: DistillConfig, argv: list[str]) -> None:
     tokenizer = load_tokenizer(spec)
     names = cfg.stage_names()
     world = this_process(cfg.device)
+    fsdp = wants_fsdp(cfg, world, shape)
     kernels = resolve_kernels(shape, cfg.kernel, world.device, cfg.dtype)
     plans = [plan_stage(cfg, n, getattr(cfg, n), world, i, shape) for i, n in enumerate(names)]
     open_data(cfg, tokenizer)
@@ -134,7 +138,7 @@ def distil(cfg: DistillConfig, argv: list[str]) -> None:
             if cfg.packing == "best_fit":
                 tokens = sum(train_data.rows(plan.stage.seq_len).sizes) * plan.stage.seq_len
             plan.set_tokens(int(cfg.epochs * tokens), cfg.max_steps)
-    teacher, source, student, shared = build_models(cfg, layers, convert, world, dtype)
+    teacher, source, student, shared = build_models(cfg, layers, convert, world, dtype, fsdp)
     kernel_line = use_kernels(student, kernels, world.device)
     use_kernels(
         teacher, resolve_kernels(teacher.config, cfg.kernel, world.device, cfg.dtype), world.device
@@ -142,8 +146,9 @@ def distil(cfg: DistillConfig, argv: list[str]) -> None:
     identity = run_identity(cfg, layers, convert, plans, train_data, dtype)
     run = open_run(cfg, argv, world, identity, script="train_kd", dtype=dtype, stages=names)
     describe(
-        run, cfg, teacher, student, layers, convert, plans, train_data, data, kernel_line, shared
-    )
+        run, cfg, teacher, student, layers, convert, plans, train_data, data, kernel_line, shared,
+        fsdp,
+    )  # fmt: skip
     fresh = run.resumed_from is None
     if layers and convert and fresh and not cfg.aligned:
         text = train_data.parts[0]
@@ -167,8 +172,11 @@ def distil(cfg: DistillConfig, argv: list[str]) -> None:
         return
     set_recompute(student, cfg.activation_checkpointing)
     if compile_wanted(cfg, world):
-        compile_blocks(teacher)
-        compile_blocks(student)
+        compile_blocks(teacher, hooks=fsdp)
+        compile_blocks(student, hooks=fsdp)
+    if fsdp:
+        for model in (teacher, student):
+            shard(model, world, dtype=dtype, shard_ranks=cfg.shard_ranks, amp=run.amp)
 
     table = Table(run)
     seq_len = cfg.eval_seq_len or plans[-1].stage.seq_len
@@ -283,7 +291,7 @@ def run_identity(cfg, layers, convert, plans: list[StagePlan], data: Mixture, dt
 
 
 def describe(
-    run, cfg, teacher, student, layers, convert, plans, train_data, data, kernels, shared
+    run, cfg, teacher, student, layers, convert, plans, train_data, data, kernels, shared, fsdp
 ) -> None:
     """The plan, before anything runs."""
     say, world = run.logger.say, run.world
@@ -300,7 +308,7 @@ def describe(
         compiled=compile_wanted(cfg, world),
     )  # fmt: skip
     say(
-        f"compute: {world.size} x {world.device.type}, {run.dtype}; softmax kernel {softmax}, "
+        f"compute: {ranks_line(cfg, world, fsdp)}, {run.dtype}; softmax kernel {softmax}, "
         f"{kernels}, compile {'on' if compile_wanted(cfg, world) else 'off'}"
     )
     if cfg.student and not convert:
@@ -322,6 +330,8 @@ def conclude(run, cfg, table, samples, student, spec) -> None:
     rows = samples.write(student)
     if rows:
         run.logger.table("completions" if cfg.sample_temperature else "greedy completions", rows)
+    if is_fsdp(student) and cfg.save_model:
+        student = gathered(student, run.world)
     if run.world.is_main and cfg.save_model:
         folder = run.folder / "model"
         kind = save_model(student, folder, tokenizer_from=spec)

@@ -304,13 +304,12 @@ def check_sharded_norm(world_size: int) -> None:
     want = clip_grad_norm(plain, 0.5)
     with mock.patch("optimizer.scale_", wraps=scale_) as scale:  # it takes addresses of memory
         got = clip_grad_norm(mixed, 0.5)
-    assert [t is mixed[3].grad for call in scale.call_args_list for t in call.args[0]] == [True]
+    given = [t for call in scale.call_args_list for t in call.args[0]]
+    assert len(given) == 4 and not any(hasattr(t, "full_tensor") for t in given)
     torch.testing.assert_close(got, want)
     for p, q in zip(plain[:3], mixed[:3], strict=True):
         torch.testing.assert_close(q.grad.redistribute(mesh, [Replicate()]).to_local(), p.grad)
     torch.testing.assert_close(mixed[3].grad, plain[3].grad)
-    with pytest.raises(UserError, match="FSDP2"):
-        Muon(mixed[:1])
 
 
 def rank_main(rank: int, world_size: int, rendezvous: str) -> None:

@@ -1,0 +1,140 @@
+"""FSDP2: every block's matrices cut over the ranks, gathered while that block computes.
+
+    torchrun --nproc_per_node 8 train_kd.py --parallel fsdp --layers 3:1
+
+What is cut are the matrices of a block, and those of the embedding and the head, along their rows.
+Everything that `param_role` calls no_decay (norms, biases, short convolutions, `A_log`, `dt_bias`,
+...) stays whole and in float32 on every rank, outside FSDP2, whose mixed precision would cast it;
+its gradients are summed in one message a step. Matrices are cast to the compute type before they
+are gathered, their gradients summed over ranks in float32 after every micro-batch, so that no rank
+ever holds a whole gradient. Check: `pytest tests/test_fsdp.py`.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+
+from config import DistillConfig, ModelConfig, TrainConfig, UserError, auto_share
+from distributed import World, sum_gradients
+from model import Transformer, is_fsdp
+from muon_shards import is_sharded
+from optimizer import param_role
+
+# Of the memory of a GPU, what DDP's weights, gradients and optimizer state may take under `auto`.
+DDP_SHARE = 0.5
+
+
+def wants_fsdp(cfg: TrainConfig, world: World, config: ModelConfig) -> bool:
+    """--parallel: auto = fsdp where a student of this shape would take more than DDP_SHARE of a
+    GPU's memory under DDP. UserError for what does not go with fsdp."""
+    if cfg.shard_ranks and (world.size % cfg.shard_ranks or cfg.parallel != "fsdp"):
+        raise UserError(
+            f"--shard_ranks: {cfg.shard_ranks} found with --parallel {cfg.parallel} on "
+            f"{world.size} ranks, fsdp and a divisor of the ranks expected"
+        )
+    reason = conflict(cfg)
+    if cfg.parallel == "fsdp" and reason:
+        raise UserError(f"--parallel: fsdp found with {reason}; ddp expected")
+    if world.size == 1 or cfg.parallel != "auto":
+        return world.size > 1 and cfg.parallel == "fsdp"
+    if world.device.type != "cuda" or reason:
+        return False
+    with torch.device("meta"):
+        params = Transformer(config).num_params()
+    memory = torch.cuda.get_device_properties(world.device).total_memory
+    return 16 * params > DDP_SHARE * memory  # float32 weights, gradients, two states of AdamW
+
+
+def conflict(cfg: TrainConfig) -> str:
+    """The first setting that needs whole models on every rank."""
+    if not isinstance(cfg, DistillConfig):
+        return ""
+    found = {
+        f"--layers {cfg.layers}, which exchanges layers": (
+            auto_share(cfg.layers) is not None and not cfg.keep_layers
+        ),
+        "--align_unique_tokens, which leaves the teacher out on some ranks": any(
+            getattr(cfg, name).unique_tokens for name in cfg.stage_names()
+        ),
+        "--teacher_float8": cfg.teacher_float8,
+        "--trunk_dtype bfloat16": cfg.trunk_dtype != "float32",
+    }
+    return next((reason for reason, here in found.items() if here), "")
+
+
+def ranks_line(cfg: TrainConfig, world: World, fsdp: bool) -> str:
+    """How many ranks of what, and what each of them holds."""
+    line = f"{world.size} x {world.device.type}"
+    if world.size == 1:
+        return line
+    return f"{line} (fsdp over {cfg.shard_ranks or world.size})" if fsdp else f"{line} (ddp)"
+
+
+def kept_whole(model: nn.Module) -> set[nn.Parameter]:
+    """The parameters that every rank has whole."""
+    return {p for name, p in model.named_parameters() if param_role(name, p) == "no_decay"}
+
+
+def shard(
+    model: nn.Module, world: World, *, dtype: torch.dtype, shard_ranks: int = 0, amp
+) -> nn.Module:
+    """Cut the model's matrices over the ranks, in place: of all ranks, or of groups of shard_ranks,
+    which then hold copies of one another. dtype: what they are computed in. Every rank must
+    have the same values. Compile blocks before."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+    size = shard_ranks or world.size
+    shape, names = (world.size,), ("shard",)
+    if size < world.size:
+        shape, names = (world.size // size, size), ("replicate", "shard")
+    how = {
+        "mesh": init_device_mesh(world.device.type, shape, mesh_dim_names=names),
+        "ignored_params": kept_whole(model),
+        "mp_policy": MixedPrecisionPolicy(
+            param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False
+        ),
+    }
+    for block in model.layers:
+        fully_shard(block, **how)
+    fully_shard(model, **how)
+    # Which module is the outermost one is settled by the first forward; align calls blocks alone.
+    with torch.no_grad(), amp(), torch.compiler.set_stance("force_eager"):
+        model(torch.zeros(1, 1, dtype=torch.int64, device=world.device))
+    reshard(model)
+    return model
+
+
+def reshard(model: nn.Module) -> None:
+    """Give up the embedding and the head, which stay gathered after a forward without gradients:
+    until then the model's parameters are not those that an optimizer has."""
+    if is_fsdp(model):
+        model.reshard()
+
+
+def average_whole_gradients(params: Iterable[nn.Parameter], world: World) -> None:
+    """The mean over ranks of gradients of what each has whole; FSDP2 has taken the others'."""
+    whole = [p for p in params if not is_sharded(p) and p.grad is not None]
+    torch._foreach_div_([p.grad for p in whole], world.size)
+    sum_gradients(whole, world)
+
+
+@torch.no_grad()
+def gathered(model: nn.Module, world: World) -> nn.Module | None:
+    """The whole model, on rank 0's CPU; None elsewhere. Collective."""
+    reshard(model)
+    whole = None
+    if world.is_main:
+        with torch.device("meta"):
+            whole = Transformer(copy.deepcopy(model.config))
+        whole.to_empty(device="cpu")
+    into: dict[str, Tensor] = dict(whole.named_parameters()) if whole is not None else {}
+    for name, p in model.named_parameters():
+        full = p.full_tensor() if is_sharded(p) else p
+        if whole is not None:
+            into[name].data = full.detach().to("cpu", copy=True)
+    return whole

@@ -1,0 +1,212 @@
+"""FSDP2 on gloo ranks against DDP and one process: optimizers, whole runs, checkpoints."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from conftest import call_script, metric_rows, run_python
+from kit import tiny_model
+from test_runs import kd_flags, train_flags, weights
+from torch import nn
+
+from distributed import World, stop
+from fsdp import gathered, kept_whole, shard
+from muon import Muon
+from muon_shards import Cut, is_sharded, local
+from optimizer import build_optimizer, clip_grad_norm, param_role
+
+# Over 10 steps in float32: AdamW; Muon with Newton-Schulz in float32, which sharpens rounding.
+TOLERANCE = {"adamw": 1e-5, "muon": 1e-3}
+
+
+def test_rows_are_cut_as_dtensor_cuts_them():
+    for ranks in (1, 2, 3, 4, 7):
+        for rows in (1, 2, 3, 5, 8, 12):
+            chunks = [len(c) for c in torch.arange(rows).chunk(ranks)]
+            chunks += [0] * (ranks - len(chunks))
+            assert Cut(None, 0, ranks).rows(rows) == chunks
+
+
+def give_grads(params, seed: int) -> list[torch.Tensor]:
+    draw = torch.Generator().manual_seed(seed)
+    return [torch.randn(p.shape, generator=draw) for p in params]
+
+
+def muon_in_pieces(rank: int, ranks: int, rendezvous: str) -> None:
+    """Muon and clipping on pieces give what they give on whole matrices: rows that do not divide,
+    and fewer of them than ranks."""
+    from torch.distributed.tensor import Shard, distribute_tensor, init_device_mesh
+
+    torch.set_num_threads(1)
+    how = {"init_method": f"file://{rendezvous}", "rank": rank, "world_size": ranks}
+    dist.init_process_group("gloo", **how)
+    mesh = init_device_mesh("cpu", (ranks,))
+    shapes = [(7, 5), (7, 5), (2, 9), (6, 13), (1, 4), (8, 8), (8, 8), (8, 8)]
+    whole = [nn.Parameter(p) for p in give_grads(map(torch.empty, shapes), 1)]
+    pieces = [nn.Parameter(distribute_tensor(p.data.clone(), mesh, [Shard(0)])) for p in whole]
+    settings = {"lr": 0.1, "weight_decay": 0.1, "ns_dtype": torch.float32}
+    one, many = Muon(whole, **settings), Muon(pieces, **settings, rank=rank, world_size=ranks)
+    for step in range(3):
+        for p, q, g in zip(whole, pieces, give_grads(whole, 2 + step), strict=True):
+            p.grad, q.grad = g, distribute_tensor(g.clone(), mesh, [Shard(0)])
+        norms = clip_grad_norm(whole, 1.0), clip_grad_norm(pieces, 1.0)
+        assert norms[0].item() == pytest.approx(norms[1].item(), rel=1e-6)
+        go = torch.tensor(float(step != 1))  # the second step is refused
+        before = [local(q).clone() for q in pieces]
+        one.step(go)
+        many.step(go)
+        moved = [not a.equal(local(b)) for a, b in zip(before, pieces, strict=True) if a.numel()]
+        assert all(moved) if step != 1 else not any(moved)
+    for p, q in zip(whole, pieces, strict=True):
+        torch.testing.assert_close(q.full_tensor(), p, rtol=0, atol=2e-6)
+        mine, theirs = many.state[q]["momentum_buffer"], one.state[p]["momentum_buffer"]
+        torch.testing.assert_close(mine.full_tensor(), theirs)
+    dist.barrier()
+    stop()
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_muon_on_pieces_is_muon_on_matrices(ranks, tmp_path):
+    mp.spawn(muon_in_pieces, (ranks, str(tmp_path / "rendezvous")), nprocs=ranks)
+
+
+def model_in_pieces(rank: int, ranks: int, rendezvous: str) -> None:
+    """What is cut and what is not, in bfloat16: one step keeps whole parameters alike on all ranks,
+    and the state has the pieces' shapes; put together it is the model again."""
+    torch.set_num_threads(1)
+    how = {"init_method": f"file://{rendezvous}", "rank": rank, "world_size": ranks}
+    dist.init_process_group("gloo", **how)
+    world = World(rank, ranks, torch.device("cpu"))
+    model = tiny_model("LFLF", dtype=torch.float32)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    roles = {name: param_role(name, p) for name, p in model.named_parameters()}
+    names = {p: name for name, p in model.named_parameters()}
+    whole = {names[p] for p in kept_whole(model)}
+    assert {n.rpartition(".")[2] for n in whole} >= {"A_log", "dt_bias"} and len(whole) > 10
+    amp = lambda: torch.autocast("cpu", torch.bfloat16)  # noqa: E731
+    shard(model, world, dtype=torch.bfloat16, amp=amp)
+    for name, p in model.named_parameters():
+        assert is_sharded(p) == (name not in whole) == (roles[name] != "no_decay"), name
+        assert p.dtype == torch.float32
+    again = gathered(model, world)
+    assert (again is None) == (rank > 0)
+    for name, p in again.named_parameters() if again is not None else ():
+        assert p.equal(before[name]), name
+    optimizer = build_optimizer(model.named_parameters(), lr=1e-2, use_muon=True, rank=rank,
+                                world_size=ranks)  # fmt: skip
+    seen = {}
+    hook = model.layers[0].linear_attn.register_forward_pre_hook(
+        lambda m, _: seen.update(q=m.q_proj.weight.dtype, decay=m.A_log.dtype)
+    )
+    with amp():
+        model(torch.randint(model.config.vocab_size, (1, 24)))
+        model.reshard()
+    hook.remove()
+    assert seen == {"q": torch.bfloat16, "decay": torch.float32}
+    state = optimizer.state_tensors()
+    assert any(is_sharded(t) for n, t in state.items() if n.endswith("momentum_buffer"))
+    assert not any(is_sharded(t) for n, t in state.items() if ".A_log." in n)
+    dist.barrier()
+    stop()
+
+
+def test_what_is_cut_and_what_is_whole(tmp_path):
+    mp.spawn(model_in_pieces, (2, str(tmp_path / "rendezvous")), nprocs=2)
+
+
+def assert_same_run(one, two, tolerance: float, steps: int) -> None:
+    losses = metric_rows(one), metric_rows(two)
+    assert losses[0].keys() == losses[1].keys() and len(losses[0]) == steps
+    for step, loss in losses[0].items():
+        assert losses[1][step] == pytest.approx(loss, rel=tolerance), step
+    norms = metric_rows(one, "grad_norm"), metric_rows(two, "grad_norm")
+    for step, norm in norms[0].items():
+        assert norms[1][step] == pytest.approx(norm, rel=20 * tolerance), step
+    mine, theirs = weights(one / "model"), weights(two / "model")
+    for name, p in mine.items():
+        error = (p - theirs[name]).norm() / p.norm()
+        assert error < tolerance or p.norm() < 1e-6, (name, error)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_pretraining_is_that_of_one_process(optimizer, tiny_data, tmp_path):
+    more = ("--max_steps=10", f"--use_muon={optimizer == 'muon'}")
+    call_script("train", *train_flags(tiny_data, tmp_path, "one", *more))
+    flags = train_flags(tiny_data, tmp_path, "fsdp", *more, "--parallel=fsdp")
+    out = run_python("train.py", *flags, ranks=2).stdout
+    assert "2 x cpu (fsdp over 2)" in out and out.count("sample: ") == 3
+    assert_same_run(tmp_path / "one", tmp_path / "fsdp", TOLERANCE[optimizer], 10)
+
+
+STEPS = ("--distill_train=all", "--align_tokens=640", "--distill_tokens=640", "--distill_lr=1e-3",
+         "--distill_mixer_lr=3e-3")  # fmt: skip
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_distillation_is_that_of_one_process(optimizer, tiny_teacher, tiny_data, tmp_path):
+    muon = optimizer == "muon"
+    more = (*STEPS, f"--use_muon={muon}", f"--align_use_muon={muon}", "--align_batch_tokens=128",
+            "--align_tokens=1280")  # fmt: skip
+    flags = {n: kd_flags(tiny_teacher, tiny_data, tmp_path, n, *more) for n in ("one", "fsdp")}
+    call_script("train_kd", *flags["one"])
+    out = run_python("train_kd.py", *flags["fsdp"], "--parallel=fsdp", ranks=2).stdout
+    assert "2 x cpu (fsdp over 2)" in out and "greedy completions" in out
+    assert_same_run(tmp_path / "one", tmp_path / "fsdp", TOLERANCE[optimizer], 20)
+
+
+@pytest.mark.slow
+def test_copies_of_pieces_and_ddp(tiny_teacher, tiny_data, tmp_path):
+    """Two copies of two pieces each are DDP on two ranks, which has twice the micro-batches."""
+    more = (*STEPS, "--distill_batch_tokens=256", "--distill_tokens=2560",
+            "--align_batch_tokens=128", "--align_tokens=1280", "--distill_micro_batch=1",
+            "--distill_use_muon=True", "--activation_checkpointing=full")  # fmt: skip
+    flags = {n: kd_flags(tiny_teacher, tiny_data, tmp_path, n, *more) for n in ("ddp", "hybrid")}
+    run_python("train_kd.py", *flags["ddp"], "--parallel=ddp", ranks=2)
+    out = run_python("train_kd.py", *flags["hybrid"], "--parallel=fsdp", "--shard_ranks=2", ranks=4)
+    assert "4 x cpu (fsdp over 2)" in out.stdout
+    assert_same_run(tmp_path / "ddp", tmp_path / "hybrid", TOLERANCE["muon"], 20)
+
+
+@pytest.mark.slow
+def test_saved_by_two_resumed_by_one_and_four(tiny_teacher, tiny_data, tmp_path):
+    more = (*STEPS, "--distill_batch_tokens=128", "--distill_tokens=1280", "--save_every=4",
+            "--align_batch_tokens=128", "--align_tokens=1280", "--keep_checkpoints=9")  # fmt: skip
+    two = kd_flags(tiny_teacher, tiny_data, tmp_path, "two", *more)
+    run_python("train_kd.py", *two, "--parallel=fsdp", ranks=2)
+    for step in (4, 14):  # inside align, inside distill
+        at = f"--resume={tmp_path / 'two' / 'checkpoints' / f'step-{step}'}"
+        one = kd_flags(tiny_teacher, tiny_data, tmp_path, f"one-{step}", *more, at)
+        four = kd_flags(tiny_teacher, tiny_data, tmp_path, f"four-{step}", *more, at)
+        call_script("train_kd", *one)
+        run_python("train_kd.py", *four, "--parallel=fsdp", ranks=4)
+        whole = metric_rows(tmp_path / "two")
+        for n in ("one", "four"):
+            rest = metric_rows(tmp_path / f"{n}-{step}")
+            assert list(rest) == list(range(step + 1, 21))
+            for k, loss in rest.items():
+                assert loss == pytest.approx(whole[k], rel=1e-5), (n, k)
+
+
+@pytest.mark.slow
+def test_compiled_and_in_bfloat16(tiny_data, tmp_path):
+    more = ("--max_steps=4", "--num_blocks=2")
+    for name, how in (("plain", "--parallel=ddp"), ("fsdp", "--parallel=fsdp")):
+        for kind in ("--torch_compile=true", "--dtype=bfloat16"):
+            flags = train_flags(tiny_data, tmp_path, name + kind[2:4], *more, how, kind)
+            run_python("train.py", *flags, ranks=2)
+    for kind, tolerance in (("to", 1e-5), ("dt", 3e-3)):
+        one, two = (metric_rows(tmp_path / f"{n}{kind}") for n in ("plain", "fsdp"))
+        assert list(one.values()) == pytest.approx(list(two.values()), rel=tolerance)
+
+
+def test_what_needs_whole_models_is_refused(tiny_teacher, tiny_data, tmp_path, refused):
+    flags = kd_flags(tiny_teacher, tiny_data, tmp_path, "x", "--parallel=fsdp")
+    for more in ("--layers=auto:0.5", "--align_unique_tokens=64", "--teacher_float8=True",
+                 "--trunk_dtype=bfloat16"):  # fmt: skip
+        line = refused("train_kd", *flags, more)
+        assert "--parallel: fsdp found with" in line and more.partition("=")[0] in line
+    assert "--shard_ranks" in refused("train_kd", *flags, "--shard_ranks=3")
+    assert "--shard_ranks" in refused("train", *train_flags(tiny_data, tmp_path, "x"),
+                                      "--shard_ranks=1")  # fmt: skip
