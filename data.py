@@ -20,7 +20,8 @@ import xxhash
 
 from config import UserError
 from ops.bounds import remember
-from shards import ShardWriter, TokenDataset
+from shard_writer import ShardWriter
+from shards import TokenDataset
 
 __all__ = [
     "Batch",

@@ -12,6 +12,7 @@ import pyarrow.parquet
 import pytest
 import zstandard
 
+from scripts import readers
 from shards import TokenDataset
 from tokenizer import load_tokenizer
 
@@ -124,7 +125,7 @@ COMPRESSED = ["a.jsonl.gz", "a.json.gz", "a.jsonl.zst", "a.jsonl.zstd"]
 
 @pytest.mark.parametrize("name", COMPRESSED)
 def test_compressed_lines(name, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(prepare_data, "READ_BYTES", 50)  # lines and frames end anywhere in a piece
+    monkeypatch.setattr(readers, "READ_BYTES", 50)  # lines and frames end anywhere in a piece
     documents = [f"document {i} \u00e9 " * (i % 7) for i in range(1, 90)]
     lines = "".join(json.dumps({"text": d, "url": "u" * 30}) + "\n" for d in documents).encode()
     path = tmp_path / "shard" / name
@@ -166,7 +167,7 @@ def write_parquet(path, **columns):
 
 def test_parquet(tmp_path, monkeypatch, capsys):
     """The text column of every row, in FineWeb's layout; rows without text are named."""
-    monkeypatch.setattr(prepare_data, "PARQUET_ROWS", 5)
+    monkeypatch.setattr(readers, "PARQUET_ROWS", 5)
     rows = [f"row {i} \u00e9" for i in range(40)]
     (tmp_path / "in").mkdir()
     write_parquet(tmp_path / "in" / "000.parquet", id=range(40), text=rows, score=[0.5] * 40)
