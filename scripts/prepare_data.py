@@ -40,7 +40,7 @@ from tokenizer import Tokenizer, load_tokenizer
 SPLITS = ("train", "val")
 TASK_BYTES = 1 << 20  # of one task for a worker: large against the cost of sending it
 SAVE_SECONDS = 10.0  # of work that a crash may cost
-FAST_BYTES = 10_000_000  # of input that make up for the comparison of the two libraries
+FAST_BYTES = 4_000_000  # of input that make up for the comparison of the two libraries
 BAD_SHOWN = 10
 TERMINAL_SECONDS, LINE_SECONDS = 2.0, 30.0  # between two reports
 
@@ -353,7 +353,7 @@ def parse(argv: list[str] | None):
         "--fast_tokenizer",
         choices=["auto", "on", "off"],
         default="auto",
-        help="run a tokenizer.json by tiktoken if that gives the same ids (auto: from 10 MB on)",
+        help="run a tokenizer.json by tiktoken if that gives the same ids (auto: from 4 MB on)",
     )
     add("--seed", type=int, default=0, help="another seed holds out other documents")
     add("--overwrite", action="store_true", help="replace the data set at --out, or start over")

@@ -135,7 +135,8 @@ def read_jsonl(path: Path, options, start: int, pieces=plain_pieces):
 
 def read_parquet(path: Path, options, start: int):
     """The text column alone, some rows at a time."""
-    parquet = _package("pyarrow.parquet", path)
+    parquet, arrow = _package("pyarrow.parquet", path), _package("pyarrow", path)
+    arrow.set_memory_pool(arrow.system_memory_pool())  # its own keeps what it once had
     field, row, size = options.text_field, 0, path.stat().st_size
     try:
         with parquet.ParquetFile(path) as file:
@@ -151,7 +152,9 @@ def read_parquet(path: Path, options, start: int):
                     break
                 row, group = row + count, group + 1
             groups = list(range(group, file.num_row_groups))
-            for batch in file.iter_batches(PARQUET_ROWS, columns=[field], row_groups=groups):
+            for batch in file.iter_batches(
+                PARQUET_ROWS, columns=[field], row_groups=groups, use_threads=False
+            ):
                 texts = batch.column(0).to_pylist()
                 row += len(texts)
                 if row > start:
