@@ -15,6 +15,7 @@ input. Ends with exit code 1 if a token, a byte of a resumed data set or a count
 from __future__ import annotations
 
 import argparse
+import contextlib
 import hashlib
 import json
 import os
@@ -145,33 +146,40 @@ def found_tokens(folder: Path) -> dict[str, list]:
     return splits
 
 
-def prepare(inputs, out: Path, spec: str, workers: int, kill_after=()) -> Done:
-    """Runs the script, kills it that many seconds after each start, and starts it again."""
+def prepare(inputs, out: Path, spec: str, workers: int, kill_at=()) -> Done:
+    """Runs the script, kills it when it has written so many bytes, and starts it again."""
     command = [sys.executable, SCRIPT, *inputs, "--out", out]
     command += ["--tokenizer", spec, "--num_workers", workers, "--shard_tokens", SHARD_TOKENS]
     command += ["--val_fraction", VAL_FRACTION, "--fast_tokenizer", "on"]
+    data = out.with_name(f".{out.name}.unfinished") / "data"
     start, cpu, peak, printed = time.perf_counter(), 0.0, 0, ""
-    for seconds in [*kill_after, None]:
+    for limit in [*kill_at, None]:
         with tempfile.TemporaryFile("w+") as output:
             process = subprocess.Popen(
                 list(map(str, command)), stdout=output, stderr=subprocess.STDOUT
             )
-            deadline = time.perf_counter() + (seconds or float("inf"))
             status = Path(f"/proc/{process.pid}/status")
             while not (ended := os.wait4(process.pid, os.WNOHANG))[0]:
-                if status.exists() and "VmHWM" in (text := status.read_text()):
+                if "VmHWM" in (text := status.read_text()):
                     peak = max(peak, 1024 * int(text.partition("VmHWM:")[2].split()[0]))
-                if time.perf_counter() > deadline:
+                if limit is not None and size_of(data) >= limit:
                     os.kill(process.pid, signal.SIGKILL)
-                time.sleep(0.02)
+                time.sleep(0.01)
             process.returncode = os.waitstatus_to_exitcode(ended[1])
             cpu += ended[2].ru_utime + ended[2].ru_stime
             output.seek(0)
             printed += output.read()
-        assert process.returncode in (0, -signal.SIGKILL), printed
-        if process.returncode == 0:
-            break
+        assert process.returncode == (-signal.SIGKILL if limit is not None else 0), printed
     return Done(time.perf_counter() - start, cpu, peak, printed)
+
+
+def size_of(folder: Path) -> int:
+    """Of the files in it, which may be renamed meanwhile."""
+    size = 0
+    for path in folder.glob("*"):
+        with contextlib.suppress(FileNotFoundError):
+            size += path.stat().st_size
+    return size
 
 
 def same_files(a: Path, b: Path) -> bool:
@@ -214,7 +222,7 @@ def main() -> int:
             wrong.append("tokens")
 
         rng = random.Random(0)
-        kills = [rng.uniform(1, 4) for _ in range(args.kills)]
+        kills = sorted(rng.randrange(size_of(folder / "one")) for _ in range(args.kills))
         two = prepare([folder / "in"], folder / "two", args.tokenizer, 2, kills)
         if not same_files(folder / "one", folder / "two"):
             wrong.append("resumed")

@@ -23,6 +23,7 @@ import time
 from collections import Counter, deque
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from datetime import timedelta
 from pathlib import Path
 from typing import NamedTuple
 
@@ -203,16 +204,20 @@ class Display:
             return
         self.shown, seconds = now, now - self.start
         speed, pace = ((b - a) / seconds for a, b in zip(self.first, (done, tokens), strict=True))
-        left = f"{(self.total - done) / speed / 60:.0f} min left" if speed else "no end in sight"
+        left = timedelta(seconds=round((self.total - done) / speed)) if speed else "?"
         self.say(
             f"{done / 1e6:,.1f} of {self.total / 1e6:,.1f} MB, {speed / 1e6:,.1f} MB/s,"
-            f" {tokens:,} tokens, {pace:,.0f} tokens/s, {left}",
+            f" {tokens:,} tokens, {pace:,.0f} tokens/s, {left} left",
             end="" if self.terminal else "\n",
         )
 
     def say(self, message: str, end: str = "\n") -> None:
-        clear = "\r\x1b[K" if self.terminal else ""
-        print(clear + message, end=end, file=sys.stderr, flush=True)
+        self.clear()
+        print(message, end=end, file=sys.stderr, flush=True)
+
+    def clear(self) -> None:
+        if self.terminal:
+            print(end="\r\x1b[K", file=sys.stderr, flush=True)
 
 
 def pick_tokenizer(options, input_bytes: int) -> tuple[Tokenizer, bool, str]:
@@ -325,6 +330,7 @@ def write(work: Unfinished, tokenizer, fast: bool, files, starts, options) -> No
             writers[split].close()
         save(done=True)
     finally:
+        display.clear()
         for writer in writers.values():
             writer.abandon()
 
