@@ -39,7 +39,9 @@ class Unfinished:
             self._old.rename(self.out)
         found, self.progress = (_read(self.folder / name) for name in FILES[:0:-1])
         if found == command and self.is_done() and not self.data.exists():
-            return  # the target is complete and has its name
+            if self.out.exists():
+                return  # the target is complete and has its name
+            self.progress = None  # somebody took it away
         _check_out(out, overwrite)
         if found and found != command:
             if not overwrite:

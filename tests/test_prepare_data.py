@@ -16,6 +16,7 @@ import pytest
 import zstandard
 from test_tokenizer import TEXTS, make_folder
 
+from config import UserError
 from scripts import readers
 from shards import TokenDataset
 from tokenizer import load_tokenizer
@@ -374,6 +375,8 @@ def test_nothing_held_out_is_said(tmp_path, capsys):
     path = write_jsonl(tmp_path / "a.jsonl", ["x"])
     assert run(path, "--out", tmp_path / "o", "--val_fraction", 1e-9) == 0
     assert "warning: no document was held out" in capsys.readouterr().err
+    with pytest.raises(UserError, match=r"its 'val' split holds no documents"):
+        TokenDataset.open(tmp_path / "o", "val")
 
 
 @pytest.mark.parametrize("flag", ["--help", "-h"])

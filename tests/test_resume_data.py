@@ -20,6 +20,7 @@ from test_prepare_data import ROOT, SCRIPT, failure, prepare_data, run, write_js
 from test_tokenizer import make_folder
 
 from scripts import readers
+from scripts.unfinished import Unfinished
 from tokenizer import load_tokenizer
 
 
@@ -155,6 +156,18 @@ def test_nothing_that_is_not_ours_is_deleted(small, tmp_path, capsys):
     (unfinished / "command.json").write_text("{")
     line, count = failure(capsys, *small, "--out", tmp_path / "out")
     assert "command.json: damaged" in line and "to start over" in line and count == 1
+
+
+def test_a_target_that_was_taken_away_is_made_again(small, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    with monkeypatch.context() as patch:
+        patch.setattr(Unfinished, "discard", lambda self: None)  # stopped before it
+        assert run(*small, "--out", out) == 0
+    assert (tmp_path / ".out.unfinished" / "progress.json").exists()
+    out.rename(tmp_path / "away")
+    assert run(*small, "--out", out) == 0
+    assert contents(out) == contents(tmp_path / "away")
+    assert not (tmp_path / ".out.unfinished").exists()
 
 
 def test_two_processes_do_not_write_one_data_set(small, tmp_path, capsys):
