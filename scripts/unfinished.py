@@ -37,11 +37,14 @@ class Unfinished:
         self._lock = self._take() if self.folder.is_dir() else None
         if self._old.exists() and not self.out.exists():
             self._old.rename(self.out)
-        found, self.progress = (_read(self.folder / name) for name in FILES[:0:-1])
-        if found == command and self.is_done() and not self.data.exists():
-            if self.out.exists():
+        shutil.rmtree(self._old, ignore_errors=True)  # the new one is in its place
+        found = _read(self.folder / "command.json")
+        self.progress = _read(self.folder / "progress.json")
+        if self.progress and not (found and self.data.exists()):
+            if found == command and self.is_done() and self.out.exists():
                 return  # the target is complete and has its name
-            self.progress = None  # somebody took it away
+            (self.folder / "progress.json").unlink()  # of data that somebody took away
+            self.progress = None
         _check_out(out, overwrite)
         if found and found != command:
             if not overwrite:
