@@ -130,8 +130,21 @@ def load_config(cls, flags: dict[str, str], preset: str | Path | None):
                 stage.seq_len = cfg.context_len
             if name != "align":
                 stage.use_muon |= cfg.use_muon
+                stage.select_tokens = min(stage.select_tokens, cfg.select_tokens)
+        if cfg.align.select_tokens < 1:
+            raise UserError(
+                f"--align_select_tokens: {cfg.align.select_tokens:g} found, 1 expected: align has "
+                f"a target for every token"
+            )
         for name in cfg.stage_names():
             getattr(cfg, name).rows_per_step(name)
+    elif cfg.reference and cfg.select_tokens == 1:
+        raise UserError(f"--reference: {cfg.reference} found, --select_tokens below 1 expected too")
+    elif cfg.select_tokens < 1 and not cfg.reference:
+        raise UserError(
+            f"--select_tokens: {cfg.select_tokens:g} found, --reference, a model to compare with, "
+            f"expected too"
+        )
     return cfg
 
 

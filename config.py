@@ -187,6 +187,17 @@ class StageConfig(Recipe):
     kd_weight: float = opt(1.0, "weight of the distillation loss; 0 = off", low=0.0)
     ce_weight: float = opt(0.0, "weight of next-token cross-entropy; 0 = off", low=0.0)
     top_k: int = opt(0, "compare only the teacher's k likeliest tokens; 0 = all", low=0)
+    select_tokens: float = opt(1.0, "distill, long: share of a row's tokens in the loss, where the "
+                               "student is most behind; 1 = all", low=0.01, high=1.0)  # fmt: skip
+
+    def identity(self) -> dict:
+        """What a run's continuation must share: all but its length. What older checkpoints lack is
+        left out where it is off."""
+        found = dataclasses.asdict(self)
+        del found["tokens"], found["micro_batch"]
+        if self.select_tokens == 1:
+            del found["select_tokens"]
+        return found
 
     def rows_per_step(self, name: str) -> int:
         """Rows of `seq_len` tokens in one optimizer step over all ranks."""
@@ -222,8 +233,9 @@ class Search:
     """How `--layers auto:SHARE` chooses the layers that become linear (search.py)."""
 
     scorer: str = opt(
-        "swap", "swap: each layer softmax alone; drop: each linear alone; greedy: one by one; "
-        "gates: all at once", choices=("swap", "drop", "greedy", "gates"),
+        "swap", "swap: each layer softmax alone; drop: each linear alone; window: each cut to "
+        "--search_window; greedy: one by one; gates: all at once",
+        choices=("swap", "drop", "window", "greedy", "gates"),
     )  # fmt: skip
     tokens: int = opt(65_536, "held-out tokens of a score", low=8)
     recall_samples: int = opt(
@@ -232,6 +244,7 @@ class Search:
     seq_len: int = opt(1024, "tokens of a held-out row and of a recall question", low=8)
     recall_weight: float = opt(1.0, "weight of recall beside KL", low=0.0)
     gate_steps: int = opt(100, "training steps of the gates", low=1)
+    window: int = opt(64, "tokens that the scorer window leaves a layer's attention", low=1)
 
 
 STAGES = ("align", "distill", "long")
@@ -262,10 +275,16 @@ def stage_field(name: str):
 class TrainConfig:
     """What pretraining and distillation share."""
 
-    data: str = opt("stdlib", "stdlib, a folder of shards, or nanogpt:PATH")
+    data: str = opt("stdlib", "stdlib, a folder of shards, or nanogpt:PATH; several, with their "
+                    "shares of the rows: data/web:0.7,data/code:0.3")  # fmt: skip
+    packing: str = opt("concatenate", "rows of training text: documents cut anywhere, or whole "
+                       "ones by best fit", choices=("concatenate", "best_fit"))  # fmt: skip
     tokenizer: str = opt("", "byte, a tiktoken name, or a tokenizer.json; empty = see docs/data.md")
     context_len: int = opt(0, "tokens per row; 0 = 512 (train.py), each stage's own (train_kd.py)",
                            low=0)  # fmt: skip
+    select_tokens: float = opt(1.0, "share of a row's tokens in the loss, those where it exceeds "
+                               "the teacher's or --reference's most; 1 = all (train_kd.py: in "
+                               "distill and long)", low=0.01, high=1.0)  # fmt: skip
     doc_mask: bool = opt(True, "documents packed in a row do not see each other")
     epochs: float = opt(0.0, "passes over the data; 0 = by steps or tokens", low=0.0)
     max_steps: int = opt(0, "optimizer steps at most, of each stage; 0 = no cap", low=0)
@@ -331,6 +350,7 @@ class PretrainConfig(TrainConfig, Recipe):
     linear_feature_map: str = opt("elu", "of the mixer linear_attention", choices=FEATURE_MAPS)
     linear_window: int = opt(64, "window of hedgehog_window and sliding_window, tokens", low=1)
     batch_size: int = opt(8, "rows per micro-batch and rank", low=1)
+    reference: str = opt("", "model that --select_tokens compares with")
 
     def stage(self, rows_in_data: int) -> StageConfig:
         """The whole run as one stage, given the number of rows one epoch has."""
@@ -344,6 +364,7 @@ class PretrainConfig(TrainConfig, Recipe):
         return StageConfig(
             **recipe, seq_len=seq_len, batch_tokens=rows * seq_len, tokens=steps * rows * seq_len,
             micro_batch=self.batch_size, kd_weight=0.0, ce_weight=1.0,
+            select_tokens=self.select_tokens,
         )  # fmt: skip
 
 

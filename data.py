@@ -9,10 +9,9 @@ Shapes: T = seq_len, R = rows of a micro-batch, N = R * T tokens, M = length of 
 
 from __future__ import annotations
 
-import hashlib
 import queue
 import threading
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 
 import numpy as np
 import torch
@@ -20,6 +19,8 @@ import xxhash
 
 from config import UserError
 from ops.bounds import remember
+from order import Order, hashed, permuted_index
+from packing import Rows
 from shard_writer import ShardWriter
 from shards import TokenDataset
 
@@ -31,41 +32,12 @@ __all__ = [
     "eval_batches",
     "pack_rows",
     "permuted_index",
+    "require_rows",
 ]
 
 IGNORE = -100
 REPEATED = (8, 128)  # tokens of a repeated span
-
-
-def permuted_index(i, n: int, seed: int, epoch: int):
-    """Where a shuffle of range(n) puts `i` (an int, or an int array), without storing the shuffle.
-
-    A Feistel network over the next even power of two is a bijection; walking its cycle until the
-    value is below n keeps it one on range(n) (Black and Rogaway, "Ciphers with arbitrary finite
-    domains", 2002). Fewer than four passes are expected.
-    """
-    index = np.array(i, dtype=np.uint64, ndmin=1)
-    assert 1 <= n < 1 << 62 and (index < n).all(), "index outside range(n)"
-    half = max(1, ((n - 1).bit_length() + 1) // 2)
-    shift, mask = np.uint64(half), np.uint64((1 << half) - 1)
-    key = hashlib.blake2b(f"{seed}/{epoch}/{n}".encode(), digest_size=64).digest()
-    keys = np.frombuffer(key, "<u8")
-    walking = np.arange(index.size)
-    while walking.size:
-        x = index[walking]
-        left, right = x >> shift, x & mask
-        for round_key in keys:
-            left, right = right, left ^ (_mix(right ^ round_key) & mask)
-        index[walking] = (left << shift) | right
-        walking = walking[index[walking] >= n]
-    return index.astype(np.int64) if np.ndim(i) else int(index[0])
-
-
-def _mix(x: np.ndarray) -> np.ndarray:
-    """The finaliser of splitmix64: every input bit changes about half of the output bits."""
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return x ^ (x >> np.uint64(31))
+AHEAD = 4096  # samples whose rows are looked up at once: it costs little more than for 32
 
 
 @dataclass
@@ -79,16 +51,17 @@ class Batch:
     max_seqlen: int  # T, whatever the documents: a constant for compiled graphs
     num_valid: int  # labels that are not -100
     sample_ids: list[int]  # the R row numbers
+    row_valid: list[int] = field(default_factory=list)  # num_valid, row by row
 
     def to(self, device) -> Batch:
         device = torch.device(device)
         moved = {}
-        for field in fields(self):
-            value = getattr(self, field.name)
+        for one in fields(self):
+            value = getattr(self, one.name)
             if isinstance(value, torch.Tensor):
                 if device.type == "cuda":
                     value = value.pin_memory()  # only a pinned copy overlaps with compute
-                moved[field.name] = value.to(device, non_blocking=True)
+                moved[one.name] = value.to(device, non_blocking=True)
         if self.cu_seqlens is not None and device.type == "cuda" != self.cu_seqlens.device.type:
             remember(moved["cu_seqlens"], self.cu_seqlens)
         return replace(self, **moved)
@@ -97,41 +70,47 @@ class Batch:
 def repeat_spans(tokens: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """A row [n] with spans that stand earlier in it in place of about half of its tokens: after an
     eighth of it a span, as many fresh tokens, and so on. Spans have REPEATED tokens, short and long
-    ones alike often on a logarithmic scale, and begin anywhere before."""
+    ones alike often on a logarithmic scale. Half of them begin anywhere before, half at a distance
+    that is as often short as long on that scale."""
     tokens, low, high = tokens.copy(), *np.log(REPEATED)
     at = len(tokens) // 8
     while at < len(tokens):
         span = min(int(np.exp(rng.uniform(low, high))), at, len(tokens) - at)
         first = int(rng.integers(at - span + 1))
+        if rng.random() < 0.5:
+            first = at - max(span, int(np.exp(rng.uniform(np.log(span), np.log(at)))))
         tokens[at : at + span] = tokens[first : first + span]
         at += span + int(np.exp(rng.uniform(low, high)))
     return tokens
 
 
 def pack_rows(
-    dataset: TokenDataset, rows, seq_len: int, doc_mask: bool, repeat: float = 0.0, seed: int = 0
+    dataset, rows, seq_len: int, doc_mask: bool, repeat: float = 0.0, seed: int = 0
 ) -> Batch:
-    """Rows `tokens[i*T : i*T + T + 1]` as one Batch; the extra token is the last target. A share
-    `repeat` of them, chosen by `seed`, is a single document with repeated spans each."""
-    count = len(rows)
-    tokens = np.stack([dataset.read(int(row) * seq_len, seq_len + 1) for row in rows])
-    repeated = set()
-    for r, row in enumerate(rows) if repeat else ():
-        rng = np.random.default_rng((seed, int(row)))
-        if rng.random() < repeat:
-            tokens[r] = repeat_spans(tokens[r], rng)
-            repeated.add(r)
-    inputs, labels = tokens[:, :-1], tokens[:, 1:].copy()  # [R, T]
+    """Some rows of a `TokenDataset` or `Mixture` as one Batch; see `pack`."""
+    return pack(dataset.rows(seq_len), rows, doc_mask, repeat, seed)
+
+
+def pack(source: Rows, rows, doc_mask: bool, repeat: float = 0.0, seed: int = 0) -> Batch:
+    """Rows as one Batch. A share `repeat` of them, chosen by `seed`, is a single document with
+    repeated spans each."""
+    count, seq_len = len(rows), source.seq_len
+    tokens = np.empty((count, seq_len + 1), dtype=np.int64)
+    labels = np.empty((count, seq_len), dtype=np.int64)
     starts = [np.arange(count) * seq_len]  # where a document or row starts, in 0 .. N - 1
     for r, row in enumerate(rows):
-        if r in repeated:
-            continue
-        first = int(row) * seq_len
-        lo, hi = np.searchsorted(dataset.doc_ends, (first, first + seq_len), side="right")
-        ends = dataset.doc_ends[lo:hi] - first  # in 1 .. T
+        ends, used = source.read(int(row), tokens[r])
+        if repeat:
+            rng = np.random.default_rng((seed, int(row)))
+            if rng.random() < repeat:
+                text = seq_len + 1 if used == seq_len else used
+                tokens[r, :text] = repeat_spans(tokens[r, :text], rng)
+                ends = np.array([used] if used < seq_len else [], dtype=np.int64)
+        labels[r] = tokens[r, 1:]
         labels[r, ends - 1] = IGNORE
+        labels[r, used:] = IGNORE  # padding, a document of its own
         starts.append(r * seq_len + ends[ends < seq_len])
-    num_valid = int((labels != IGNORE).sum())
+    valid = (labels != IGNORE).sum(1)
     if doc_mask:
         total = count * seq_len
         begin = np.sort(np.concatenate(starts))
@@ -145,29 +124,30 @@ def pack_rows(
         positions = np.tile(np.arange(seq_len), count)
         cu_seqlens, shape = None, (count, seq_len)
     return Batch(
-        input_ids=torch.from_numpy(inputs.reshape(shape).copy()),
+        input_ids=torch.from_numpy(tokens[:, :-1].copy().reshape(shape)),
         labels=torch.from_numpy(labels.reshape(shape)),
         position_ids=torch.from_numpy(positions.reshape(shape)),
         cu_seqlens=None if cu_seqlens is None else torch.from_numpy(cu_seqlens),
         max_seqlen=seq_len,
-        num_valid=num_valid,
+        num_valid=int(valid.sum()),
         sample_ids=[int(row) for row in rows],
+        row_valid=valid.tolist(),
     )
 
 
 class PackedLoader:
     """The training stream of one rank: `next_step()` gives its micro-batches of the next step.
 
-    Sample k of the run is row `permuted_index(k % n, n, seed, k // n)`, and a step takes the next
-    `rows_per_step` samples, of which rank r gets every world-th: which samples a step sees, and in
-    which order, depends on nothing but (data, seed, seq_len). `select` limits the run to those
-    row numbers. `repeat` is the share of rows with repeated spans (`repeat_spans`), the same ones
-    in every epoch. `prefetch` is how many steps a thread keeps ready, 0 for none.
+    Which row sample k of the run is depends on nothing but (data, weights, seed, seq_len); see
+    order.py. A step takes the next `rows_per_step` samples, of which rank r gets every world-th.
+    `select` limits the run to those row numbers. `repeat` is the share of rows with repeated
+    spans (`repeat_spans`), the same ones in every epoch. `prefetch` is how many steps a thread
+    keeps ready, 0 for none. `dataset`: a `TokenDataset` or a `mixture.Mixture`.
     """
 
     def __init__(
         self,
-        dataset: TokenDataset,
+        dataset,
         *,
         seq_len: int,
         rows_per_step: int,
@@ -191,20 +171,28 @@ class PackedLoader:
                 f"global batch of {rows_per_step} rows does not divide by {world_size} ranks x"
                 f" micro-batch {micro_batch}; expected a multiple of {world_size * micro_batch}"
             )
-        _require_row(dataset, seq_len)
+        require_rows(dataset, seq_len, rows_per_step)
         self.dataset, self.seq_len, self.doc_mask = dataset, seq_len, doc_mask
         self.rows_per_step, self.micro_batch = rows_per_step, micro_batch
         self.rank, self.world_size, self.seed, self.repeat = rank, world_size, seed, repeat
+        self.source = dataset.rows(seq_len)
+        self.order = Order(self.source.sizes, dataset.weights, seed)
+        self.num_rows = sum(self.source.sizes)
         self.fingerprint = dataset.fingerprint
+        if len(dataset.weights) > 1:
+            self.fingerprint += f"-mix{':'.join(map(str, dataset.weights))}"
+        if dataset.packing != "concatenate":
+            self.fingerprint += f"-{dataset.packing}"
         self._select = None
-        self.num_rows = dataset.num_rows(seq_len)
         if select is not None:
             self._select = np.asarray(select, dtype="<i8")
             assert self._select.size and self._select.min() >= 0, "select needs row numbers"
             assert self._select.max() < self.num_rows, "select names rows past the end"
             self.num_rows = len(self._select)
+            self.order = Order([self.num_rows], [1], seed)
             self.fingerprint += f"-{xxhash.xxh3_64_hexdigest(self._select.tobytes())}"
         self.fingerprint += f"-repeat{repeat:g}" if repeat else ""
+        self._ahead, self._ahead_from = np.empty(0, dtype=np.int64), 0  # rows of coming samples
         self._samples = 0  # handed out, over all ranks
         self._prefetch = prefetch
         self._thread = self._error = None
@@ -230,17 +218,17 @@ class PackedLoader:
         return batches
 
     def _build(self, first: int) -> list[Batch]:
-        samples = np.arange(first, first + self.rows_per_step)
-        epochs, index = np.divmod(samples, self.num_rows)
-        rows = np.empty_like(samples)
-        for epoch in np.unique(epochs):
-            here = epochs == epoch
-            rows[here] = permuted_index(index[here], self.num_rows, self.seed, int(epoch))
+        at = first - self._ahead_from
+        if not 0 <= at <= len(self._ahead) - self.rows_per_step:
+            samples = np.arange(first, first + max(AHEAD, self.rows_per_step))
+            self._ahead, self._ahead_from, at = self.order.rows(samples), first, 0
+        rows = self._ahead[at : at + self.rows_per_step]
+        if len(self.order.sizes) > 1:  # or two ranks would see a corpus each, given equal weights
+            rows = rows[np.argsort(hashed(np.arange(first, first + len(rows))))]
         if self._select is not None:
             rows = self._select[rows]
         rows = rows[self.rank :: self.world_size].reshape(-1, self.micro_batch)
-        how = (self.seq_len, self.doc_mask, self.repeat, self.seed)
-        return [pack_rows(self.dataset, micro, *how) for micro in rows]
+        return [pack(self.source, micro, self.doc_mask, self.repeat, self.seed) for micro in rows]
 
     def _fill(self, ready: queue.Queue, stop: threading.Event, first: int) -> None:
         item = None
@@ -261,6 +249,14 @@ class PackedLoader:
     def epoch(self) -> float:
         """Passes over the data handed out so far."""
         return self._samples / self.num_rows
+
+    def tokens(self) -> dict[str, int]:
+        """Inputs handed out so far of each corpus of a mixture, over all ranks."""
+        if len(self.order.sizes) == 1:
+            return {}
+        counts = self.order.counts(self._samples)
+        names = (f"tokens/{name}" for name in self.dataset.names)
+        return {n: c * self.seq_len for n, c in zip(names, counts, strict=True)}
 
     def state_dict(self) -> dict:
         """Where the stream stands, as plain JSON values. Steps only prefetched do not count."""
@@ -291,25 +287,39 @@ class PackedLoader:
 
 
 def eval_batches(
-    dataset: TokenDataset,
+    dataset,
     *,
     seq_len: int,
     max_tokens: int,
     micro_batch: int = 1,
     doc_mask: bool = True,
 ) -> list[Batch]:
-    """The same rows every time, at most max_tokens (but one row), spread evenly over the split."""
-    _require_row(dataset, seq_len)
-    available = dataset.num_rows(seq_len)
-    count = min(available, max(1, max_tokens // seq_len))
-    rows = np.arange(count) * available // count
-    parts = [rows[i : i + micro_batch] for i in range(0, count, micro_batch)]
-    return [pack_rows(dataset, part, seq_len, doc_mask) for part in parts]
+    """The same rows every time, at most max_tokens (but one row), spread evenly over the split; of
+    a mixture each corpus has its share."""
+    require_rows(dataset, seq_len)
+    source, most = dataset.rows(seq_len), max(1, max_tokens // seq_len)
+    rows: list[int] = []
+    for first, available, weight in zip(source.first, source.sizes, dataset.weights, strict=False):
+        count = min(available, max(1, most * weight // sum(dataset.weights)))
+        rows += (first + np.arange(count) * available // count).tolist()
+    parts = [rows[i : i + micro_batch] for i in range(0, len(rows), micro_batch)]
+    return [pack(source, part, doc_mask) for part in parts]
 
 
-def _require_row(dataset: TokenDataset, seq_len: int) -> None:
-    if dataset.num_rows(seq_len) < 1:
-        raise UserError(
-            f"--data {dataset.name}: {dataset.num_tokens} tokens, expected at least {seq_len + 1}"
-            f" for one row of sequence length {seq_len}"
-        )
+def require_rows(dataset, seq_len: int, per_step: int = 0) -> None:
+    """UserError where a data set has no row, or one of several has fewer than a step takes of it:
+    a batch would hold a row twice."""
+    total = sum(dataset.weights)
+    sizes = dataset.rows(seq_len).sizes
+    for part, size, weight in zip(dataset.parts, sizes, dataset.weights, strict=True):
+        share = -(-per_step * weight // total) if len(sizes) > 1 else 1
+        if size < 1:
+            raise UserError(
+                f"--data {part.name}: {part.num_tokens} tokens, expected at least {seq_len + 1}"
+                f" for one row of sequence length {seq_len}"
+            )
+        if size < share:
+            raise UserError(
+                f"--data {part.name}: {size} rows of sequence length {seq_len} found, at least the"
+                f" {share} that a step of {per_step} takes of it expected"
+            )

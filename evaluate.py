@@ -403,8 +403,11 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     args.argv = sys.argv[1:] if argv is None else argv
     try:
-        if args.out and not Path(args.out).is_dir():
-            raise UserError(f"--out: no folder {args.out}")
+        if args.out:
+            try:
+                Path(args.out).mkdir(parents=True, exist_ok=True)
+            except OSError as e:
+                raise UserError(f"--out: no folder {args.out} ({e.strerror})") from None
         result = evaluate(args)
     except UserError as e:
         print(f"error: {e}", file=sys.stderr)

@@ -1,6 +1,7 @@
 """Every loss a trainer uses: heads on logits (`kd_head`, `ce_head`) and hidden-state alignment.
 
-The heads live in `ops/kd_head.py` and are re-exported, so that trainers import this file only.
+The heads live in `ops/kd_head.py`, the choice of tokens in `ops/token_select.py`; both are
+re-exported, so that trainers import this file only.
 
     python -m pytest tests/test_losses.py
 """
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ops.kd_head import IGNORE_INDEX, LOSSES, HeadOutput, ce_head, kd_head
+from ops.token_select import num_selected, select_tokens, token_losses
 
 __all__ = [
     "IGNORE_INDEX",
@@ -19,7 +21,10 @@ __all__ = [
     "align_loss",
     "ce_head",
     "kd_head",
+    "num_selected",
     "relative_error",
+    "select_tokens",
+    "token_losses",
 ]
 
 

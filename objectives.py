@@ -19,7 +19,7 @@ from distributed import World, parallelize, sum_gradients
 from evaluate import inputs
 from hybrid_layers import mixer_parameters
 from layers import SeqInfo
-from losses import align_loss, ce_head, kd_head
+from losses import align_loss, ce_head, kd_head, num_selected, select_tokens, token_losses
 from model import Transformer
 from optimizer import clip_grad_norm
 
@@ -36,29 +36,43 @@ class HeadLoss(nn.Module):
 
     def forward(self, batch: Batch, normalizer: Tensor):
         stage, teacher = self.stage, self._teacher[0]
-        if teacher is None or stage.kd_weight == 0:
-            hidden = self.student(**inputs(batch))
-            return ce_head(
-                hidden, self.student.head_weight, batch.labels, normalizer=normalizer,
-                unit_grad=self.unit_grad,
-            )  # fmt: skip
-        start = {}
-        with torch.no_grad():
-            t_hidden = teacher(**inputs(batch), keep=self.first or None)
+        distil, select = teacher is not None and stage.kd_weight > 0, stage.select_tokens < 1
+        start, labels = {}, batch.labels
+        if distil or select:
+            with torch.no_grad():
+                t_hidden = teacher(**inputs(batch), keep=self.first or None)
             if self.first:
                 t_hidden, kept = t_hidden
                 start = {"hidden": kept, "first": self.first}
-        s_hidden = self.student(**inputs(batch), **start)
+        hidden, weight = self.student(**inputs(batch), **start), self.student.head_weight
+        if select:
+            at = self._selected(batch, hidden, t_hidden)
+            hidden, t_hidden = (h.flatten(0, -2).index_select(0, at) for h in (hidden, t_hidden))
+            labels = labels.flatten()[at]
+        if not distil:
+            return ce_head(hidden, weight, labels, normalizer=normalizer, unit_grad=self.unit_grad)
         return kd_head(
-            s_hidden, self.student.head_weight, t_hidden, teacher.head_weight, batch.labels,
+            hidden, weight, t_hidden, teacher.head_weight, labels,
             loss=stage.loss, temperature=stage.temperature, kd_weight=stage.kd_weight,
             ce_weight=stage.ce_weight, top_k=stage.top_k, normalizer=normalizer,
             unit_grad=self.unit_grad,
         )  # fmt: skip
 
+    def _selected(self, batch: Batch, hidden: Tensor, t_hidden: Tensor) -> Tensor:
+        """Positions of the tokens that take part (ops/token_select.py)."""
+        weights = self.student.head_weight, self._teacher[0].head_weight
+        vocab, share = min(map(len, weights)), self.stage.select_tokens
+        mine, theirs = (
+            token_losses(h, w, batch.labels, vocab=vocab)
+            for h, w in zip((hidden, t_hidden), weights, strict=True)
+        )
+        total = num_selected(batch.row_valid, share)
+        return select_tokens(mine - theirs, batch.labels, len(batch.row_valid), share, total)
+
 
 class HeadObjective:
-    """Cross-entropy (no teacher) or distillation, data-parallel.
+    """Cross-entropy (no teacher) or distillation, data-parallel. With `select_tokens` a teacher
+    that is not distilled from (kd_weight 0) is the reference that tokens are compared with.
 
     layers: those whose mixers have a learning rate of their own. first: number of leading blocks
     that student and teacher share; their output is computed once.

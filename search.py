@@ -1,12 +1,14 @@
 """Which layers stay softmax: `train_kd.py --layers auto:0.75`.
 
 From one student whose layers are all linear and aligned, so that nothing is trained for a single
-choice. Four scorers:
+choice. Five scorers:
 
     swap     each layer by itself is made softmax again; how much nearer the student comes to the
              teacher is its score (arXiv 2512.20569, there after training each such student)
     drop     each layer by itself is linear, in the teacher; how much farther that is from the
              teacher is its score (arXiv 2601.22156, where it is recall's fall over reasoning's)
+    window   drop with each layer's own attention cut to its last tokens in the place of a linear
+             one: what a layer looks up far away, whatever the mixers and the state of the student
     greedy   swap round by round: the best layer stays softmax, the others are scored again
     gates    out = a softmax(x) + (1 - a) linear(x) in every layer; the gates a are learned together
              while their sum is held to the number of softmax layers wanted. They are relaxed
@@ -33,11 +35,13 @@ import torch
 from torch import Tensor, nn
 
 from config import Search, UserError, uniform_layers
-from data import Batch, PackedLoader, TokenDataset, eval_batches
+from data import Batch, PackedLoader, eval_batches
 from distributed import World, sum_gradients
 from evaluate import Evaluator, eval_rows, inputs
+from hybrid_layers import convert_layers
 from layers import sdpa_priority
 from losses import ce_head, kd_head
+from mixture import Mixture
 from model import Transformer
 from recall import Question, questions
 
@@ -266,7 +270,7 @@ def answer_loss(student: Transformer, batch: Batch) -> Tensor:
 
 def choose_layers(
     student: Transformer, teacher: Transformer, candidates: list[int], *, share: float,
-    settings: Search, train_data: TokenDataset, val_data: TokenDataset, tokenizer, amp,
+    settings: Search, train_data: Mixture, val_data: Mixture, tokenizer, amp,
     world: World, seed: int, doc_mask: bool = True,
 ) -> dict:  # fmt: skip
     """Score `candidates`, all linear in `student`, and choose `share` of them to stay linear.
@@ -306,6 +310,14 @@ def choose_layers(
             asked=ask(seed + 1, micro), world=world, seed=seed,
         )  # fmt: skip
         loader.close()
+    elif settings.scorer == "window":
+        own = convert_layers(
+            teacher, candidates, mixer="sliding_window", linear_window=settings.window,
+            share_trunk=True,
+        )  # fmt: skip
+        scorer.student = own.eval()
+        found = drop_scores(scorer, candidates, keep, scorer.measure([]), best)
+        scorer.student = student
     elif settings.scorer == "drop":
         found = drop_scores(scorer, candidates, keep, start, best)
     else:

@@ -19,6 +19,7 @@ import numpy as np
 import xxhash
 
 from config import UserError
+from packing import Rows
 
 MAGIC = int.from_bytes(b"RTRT", "little")
 VERSION = 1
@@ -42,7 +43,11 @@ class TokenDataset:
     eos              id that ends each document, or None if the data has no such token
     doc_ends         int64 [documents], exclusive end of each document, increasing
     fingerprint      32 hex digits over the content hashes of all shards, in order
+
+    To a loader it is a `mixture.Mixture` of itself alone, its documents concatenated.
     """
+
+    weights, packing = (1,), "concatenate"
 
     def __init__(
         self,
@@ -59,12 +64,14 @@ class TokenDataset:
     ):
         self.name = name
         self._shards = shards
+        self._plain = [shard.view(np.ndarray) for shard in shards]  # slicing a memmap is slow
         self._starts = np.cumsum([0] + [len(shard) for shard in shards])
         self.num_tokens = int(self._starts[-1])
         self.doc_ends = doc_ends
         self.vocab_size, self.min_vocab_size = vocab_size, min_vocab_size
         self.eos, self.bos, self.tokenizer_hash = eos, bos, tokenizer_hash
         self.fingerprint = hashlib.blake2b(json.dumps(digests).encode(), digest_size=16).hexdigest()
+        self.parts = [self]
 
     @classmethod
     def open(cls, spec: str | os.PathLike, split: str, *, verify: bool = False) -> TokenDataset:
@@ -80,15 +87,21 @@ class TokenDataset:
 
     def read(self, start: int, n: int) -> np.ndarray:
         """Tokens start .. start + n as int64 [n], across shard borders."""
-        assert start >= 0 and start + n <= self.num_tokens, (start, n, self.num_tokens)
         out = np.empty(n, dtype=np.int64)
-        shard = int(np.searchsorted(self._starts, start, side="right")) - 1
+        self.read_into(out, start)
+        return out
+
+    def read_into(self, out: np.ndarray, start: int) -> None:
+        """Fill out [n] with the tokens start .. start + n."""
+        n = len(out)
+        assert start >= 0 and start + n <= self.num_tokens, (start, n, self.num_tokens)
+        shard = int(self._starts.searchsorted(start, side="right")) - 1
         done = 0
         while done < n:
             offset, data = start + done - int(self._starts[shard]), self._shards[shard]
             _check_size(data)
             piece = out[done : done + len(data) - offset]
-            piece[:] = data[offset : offset + n - done]
+            piece[:] = self._plain[shard][offset : offset + n - done]
             if self.vocab_size and piece.size and piece.max() >= self.vocab_size:
                 raise UserError(
                     f"{data.filename}: token {piece.max()} among those from {offset} on, ids below"
@@ -96,7 +109,10 @@ class TokenDataset:
                 )
             done += len(piece)
             shard += 1
-        return out
+
+    def rows(self, seq_len: int) -> Rows:
+        """Its rows of seq_len inputs; see packing.py."""
+        return Rows(self.parts, seq_len, self.packing)
 
     def num_rows(self, seq_len: int) -> int:
         """Whole rows of seq_len inputs, each with its next token as the last target."""

@@ -44,8 +44,8 @@ class StepLog:
         event.record()
         return event
 
-    def take(self, values: dict) -> None:
-        """The values of the step that was just launched."""
+    def take(self, values: dict, known: dict) -> None:
+        """The values of the step that was just launched, and what is known of it already."""
         run = self.run
         names = [n for n in values if n not in ("lr", *SAME)]
         sums = all_sum(torch.stack([values[n].float() for n in names]), run.world)
@@ -53,7 +53,7 @@ class StepLog:
         if self.late:
             sums = sums.to("cpu", non_blocking=True)  # into pinned memory
         done, mark = self._event(), self.timer.mark()
-        self.pending = run.step, [*names, *SAME], sums, values["lr"], mark, done
+        self.pending = run.step, [*names, *SAME], sums, values["lr"], known, mark, done
         if not self.late:
             self.flush()
 
@@ -61,7 +61,7 @@ class StepLog:
         """Write what was taken; the only place of a step where the host waits for the device."""
         if self.pending is None:
             return
-        run, (step, names, sums, lr, mark, done) = self.run, self.pending
+        run, (step, names, sums, lr, known, mark, done) = self.run, self.pending
         self.pending, now = None, None
         if done is not None:
             done.synchronize()
@@ -76,7 +76,7 @@ class StepLog:
             row["mfu"] = mfu(rate, self.rates["model"], run.world.size, self.rates["peak"])
             row["useful_tflops"] = rate * self.rates["useful"] / run.world.size / 1e12
         row["mem"] = memory_gib(run.world.device)
-        run.logger.log(step, self.plan.name, row)
+        run.logger.log(step, self.plan.name, row | known)
 
     def _check(self, step: int, row: dict) -> None:
         """Say how many steps were left out; `Stopped` where a run learns nothing any more."""
@@ -103,7 +103,7 @@ def flop_rates(run: Run, plan: StagePlan, student: Transformer, teacher) -> dict
     seq = plan.stage.seq_len
     config = student.config
     kind = plan.name if plan.name in ("align", "distill", "long") else "pretrain"
-    uses_teacher = kind == "align" or plan.stage.kd_weight > 0
+    uses_teacher = kind == "align" or plan.stage.kd_weight > 0 or plan.stage.select_tokens < 1
     return {
         "model": model_flops_per_token(config, seq, num_matmul_params=matmul_params(config)),
         "useful": flops_per_token(

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from config import DistillConfig, ModelConfig, StageConfig, UserError, auto_share, parse_layers
-from data import PackedLoader, TokenDataset
+from data import PackedLoader
 from distributed import World
 from evaluate import inputs
 from hf import DTYPES, load_model, read_config, tokenizer_spec
@@ -23,6 +23,7 @@ from hybrid_layers import (
     mixer_parameters,
 )
 from layers import Attention
+from mixture import Mixture
 from model import Transformer
 from search import uniform_pattern
 from tokenizer import load_tokenizer
@@ -165,7 +166,7 @@ def build_models(
 
 @torch.no_grad()
 def calibrate(
-    run: Run, source: Transformer, student: Transformer, layers: list[int], data: TokenDataset
+    run: Run, source: Transformer, student: Transformer, layers: list[int], data: Mixture
 ) -> dict[int, float]:
     """Fit decays, gates and output scales to the layers replaced, on a few training rows; layer ->
     relative error afterwards."""

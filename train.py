@@ -7,16 +7,18 @@ torchrun --nproc_per_node 8 train.py --config configs/gpt2-124m.yaml --data DATA
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import torch
 
 from cli import run_main
 from config import ModelConfig, PretrainConfig, UserError, parse_layers
-from data import eval_batches
-from distributed import compile_blocks, main_first, start, stop, this_process
+from data import eval_batches, require_rows
+from distributed import World, compile_blocks, main_first, start, stop, this_process
 from evaluate import Evaluator, completions, eval_rows
-from hf import save_model
+from hf import fingerprint, load_model, save_model, tokenizer_spec
 from hybrid_layers import convert_config, resolve_kernels, use_kernels
+from mixture import rows_line
 from model import Transformer
 from objectives import HeadObjective
 from prompts import IN_RUN, PROMPTS
@@ -64,6 +66,28 @@ def model_config(cfg: PretrainConfig, vocab_size: int, eos: int | None) -> Model
     )  # fmt: skip
 
 
+def check_reference(cfg: PretrainConfig, tokenizer) -> None:
+    """UserError where --reference is no model of this tokenizer."""
+    if not Path(cfg.reference).is_dir():
+        raise UserError(f"--reference: no folder {cfg.reference}")
+    theirs = load_tokenizer(tokenizer_spec(cfg.reference))
+    if theirs.hash != tokenizer.hash:
+        raise UserError(
+            f"--reference: tokenizer {theirs.name} ({theirs.hash}) found, that of --tokenizer, "
+            f"{tokenizer.name} ({tokenizer.hash}), expected"
+        )
+
+
+def load_reference(cfg: PretrainConfig, world: World, dtype: torch.dtype) -> Transformer | None:
+    """The frozen model that --select_tokens compares with."""
+    if not cfg.reference:
+        return None
+    model = load_model(cfg.reference, dtype=dtype, device=world.device)
+    kernels = resolve_kernels(model.config, cfg.kernel, world.device, cfg.dtype)
+    use_kernels(model, kernels, world.device)
+    return model.eval().requires_grad_(False)
+
+
 def unigram_entropy(batches) -> float:
     """Nats per token of the held-out labels under their own frequencies: the best a model that
     ignores all context could do."""
@@ -77,6 +101,8 @@ def pretrain(cfg: PretrainConfig, argv: list[str]) -> None:
     spec = cfg.tokenizer or "byte"
     tokenizer = load_tokenizer(spec)
     config = model_config(cfg, tokenizer.vocab_size, tokenizer.eos_token_id)
+    if cfg.reference:
+        check_reference(cfg, tokenizer)
     check_run_folder(cfg)
     world = this_process(cfg.device)
     kernels = resolve_kernels(config, cfg.kernel, world.device, cfg.dtype)
@@ -95,19 +121,26 @@ def pretrain(cfg: PretrainConfig, argv: list[str]) -> None:
     model.init_weights()
     model.to(world.device)
     linear = use_kernels(model, kernels, world.device)
-    stage = cfg.stage(train_data.num_rows(seq_len))
+    reference = load_reference(cfg, world, dtype)
+    stage = cfg.stage(sum(train_data.rows(seq_len).sizes))
     plan = plan_stage(cfg, "pretrain", stage, world)
+    require_rows(train_data, seq_len, plan.rows)
     identity = {
-        "script": "train", "model": model.config.__dict__, "data": train_data.fingerprint,
-        "stage": {k: v for k, v in stage.__dict__.items() if k not in ("tokens", "micro_batch")},
-        "seed": cfg.seed, "dtype": str(dtype), "doc_mask": cfg.doc_mask,
+        "script": "train", "model": model.config.__dict__,
+        "stage": stage.identity(),
+        **({"reference": fingerprint(cfg.reference)} if cfg.reference else {}),
+        "seed": cfg.seed, "dtype": str(dtype), "doc_mask": cfg.doc_mask, **train_data.identity(),
     }  # fmt: skip
     run = open_run(cfg, argv, world, identity, script="train", dtype=dtype, stages=["pretrain"])
     say = run.logger.say
     say(f"model: {model.num_params():,} parameters, layers {config.layer_map()}")
     say(f"data: {train_data.num_tokens:,} tokens of {data}, tokenizer {tokenizer.name}")
+    if reference is not None:
+        say(f"reference: {cfg.reference}, {reference.num_params():,} parameters; the loss is over "
+            f"{cfg.select_tokens:g} of each row's tokens")  # fmt: skip
     say(f"compute: {world.size} x {world.device.type}, {dtype}, {linear}")
     say(plan.line(world))
+    say(f"rows: {rows_line(train_data, seq_len, plan.steps * plan.rows)}")
     if cfg.dry_run:
         say("dry run: nothing trained")
         finish(run)
@@ -116,11 +149,13 @@ def pretrain(cfg: PretrainConfig, argv: list[str]) -> None:
     set_recompute(model, cfg.activation_checkpointing)
     if compile_wanted(cfg, world):
         compile_blocks(model)
+        if reference is not None:
+            compile_blocks(reference)
     evaluator = Evaluator(held_out, None, amp=run.amp, world=world)
     if "pretrain" not in run.done:
-        objective = HeadObjective(model, None, stage, world, [])
+        objective = HeadObjective(model, reference, stage, world, [])
         train_stage(
-            run, plan, objective, train_data, student=model, teacher=None,
+            run, plan, objective, train_data, student=model, teacher=reference,
             evaluate=lambda: evaluator(model),
         )  # fmt: skip
     scores = evaluator(model)

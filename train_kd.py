@@ -19,7 +19,7 @@ import torch
 
 from cli import run_main
 from config import DistillConfig, UserError, auto_share
-from data import TokenDataset, eval_batches
+from data import eval_batches, require_rows
 from distributed import (
     broadcast,
     choose_device,
@@ -40,6 +40,7 @@ from hybrid_layers import (
     use_kernels,
 )
 from layers import attention_kernel
+from mixture import Mixture, rows_line
 from model import Transformer
 from objectives import AlignObjective, HeadObjective
 from ops.float8_linear import float8_copy, supports_float8
@@ -127,8 +128,12 @@ def distil(cfg: DistillConfig, argv: list[str]) -> None:
     data, train_data, val_data = main_first(world, lambda: open_data(cfg, tokenizer, build=True))
 
     for plan in plans:
+        require_rows(train_data, plan.stage.seq_len, plan.rows)
         if cfg.epochs:
-            plan.set_tokens(int(cfg.epochs * train_data.num_tokens), cfg.max_steps)
+            tokens = train_data.num_tokens
+            if cfg.packing == "best_fit":
+                tokens = sum(train_data.rows(plan.stage.seq_len).sizes) * plan.stage.seq_len
+            plan.set_tokens(int(cfg.epochs * tokens), cfg.max_steps)
     teacher, source, student, shared = build_models(cfg, layers, convert, world, dtype)
     kernel_line = use_kernels(student, kernels, world.device)
     use_kernels(
@@ -141,7 +146,8 @@ def distil(cfg: DistillConfig, argv: list[str]) -> None:
     )
     fresh = run.resumed_from is None
     if layers and convert and fresh and not cfg.aligned:
-        ids = train_data.read(0, min(128, train_data.num_tokens))
+        text = train_data.parts[0]
+        ids = text.read(0, min(128, text.num_tokens))
         ids = torch.from_numpy(ids)[None].to(world.device)
         most = 1e-3 if cfg.transfer.kv == "heads" else math.inf
         worst = check_transfer(source, student, layers, ids, most)
@@ -259,19 +265,16 @@ def select(run, share, student, teacher, layers, train_data, val_data, tokenizer
     return found
 
 
-def run_identity(cfg, layers, convert, plans: list[StagePlan], data: TokenDataset, dtype) -> dict:
+def run_identity(cfg, layers, convert, plans: list[StagePlan], data: Mixture, dtype) -> dict:
     """What a continuation must have in common with the run it continues."""
-    stages = {}
-    for plan in plans:
-        stage = dataclasses.asdict(plan.stage)
-        stages[plan.name] = {k: v for k, v in stage.items() if k not in ("tokens", "micro_batch")}
+    stages = {plan.name: plan.stage.identity() for plan in plans}
     return {
         "script": "train_kd", "teacher": fingerprint(cfg.teacher),
         "student": fingerprint(cfg.student) if cfg.student else "", "layers": layers,
         **({"mixer": cfg.mixer, **mixer_shape(cfg)} if convert else {}),
         **({"search": dataclasses.asdict(cfg.search) | {"layers": cfg.layers}}
            if convert and auto_share(cfg.layers) is not None else {}),
-        "aligned": fingerprint(cfg.aligned) if cfg.aligned else "", "data": data.fingerprint,
+        "aligned": fingerprint(cfg.aligned) if cfg.aligned else "", **data.identity(),
         "seed": cfg.seed, "dtype": str(dtype), "trunk_dtype": cfg.trunk_dtype,
         "teacher_float8": cfg.teacher_float8, "doc_mask": cfg.doc_mask,
         "calibrate_tokens": cfg.calibrate_tokens if convert else 0, "stages": stages,
@@ -307,6 +310,10 @@ def describe(
         say("note: the attention sinks of converted layers are not carried over")
     for plan in plans:
         say(plan.line(world))
+        s, rows = plan.stage, plan.steps * plan.rows
+        if s.unique_tokens:
+            rows = min(rows, max(1, s.unique_tokens // s.seq_len))
+        say(f"{plan.name}: {rows_line(train_data, s.seq_len, rows)}")
 
 
 def conclude(run, cfg, table, samples, student, spec) -> None:

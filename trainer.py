@@ -25,16 +25,18 @@ import yaml
 import checkpoint
 from cli import to_dict
 from config import ModelConfig, Stopped, TrainConfig, UserError
-from corpus import resolve_data
-from data import PackedLoader, TokenDataset, permuted_index
+from data import PackedLoader
 from distributed import StopSignals, World, all_sum, barrier, main_says
 from hybrid_layers import MIXERS
 from layers import ShortConvolution, sdpa_priority
+from losses import num_selected
 from metrics import MetricsLogger, StepTimer, git_commit
+from mixture import Mixture, open_corpora
 from model import Transformer
 from ops import warm
 from ops.kernels import PACKAGES
 from optimizer import OptimizerSet, StepGuard, build_optimizer, lr_factor
+from order import Order
 from stage_plan import StagePlan
 from step_log import StepLog, flop_rates
 from watchdog import Watchdog
@@ -95,14 +97,8 @@ def set_up_torch(cfg: TrainConfig, world: World) -> torch.dtype:
 
 
 def open_data(cfg: TrainConfig, tokenizer, *, build: bool = False):
-    """(name, training split, held-out split) of --data, checked against the tokenizer. Without
-    `build` the embedded corpus is not made, and None is returned if it is not there yet."""
-    if cfg.data == "stdlib" and not build:
-        return None
-    data = resolve_data(cfg.data, tokenizer)
-    train, val = TokenDataset.open(data, "train"), TokenDataset.open(data, "val")
-    train.check_tokenizer(tokenizer)
-    return data, train, val
+    """(name, training split, held-out split) of --data; see `mixture.open_corpora`."""
+    return open_corpora(cfg.data, tokenizer, cfg.packing, build=build)
 
 
 def compile_wanted(cfg: TrainConfig, world: World) -> bool:
@@ -278,16 +274,16 @@ def restore_weights(run: Run, model: Transformer) -> None:
 
 
 def train_stage(
-    run: Run, plan: StagePlan, objective, data: TokenDataset, *, student: Transformer,
+    run: Run, plan: StagePlan, objective, data: Mixture, *, student: Transformer,
     teacher: Transformer | None, evaluate: Callable[[], dict[str, float]] | None = None,
 ) -> None:  # fmt: skip
     """Run one stage to its end, or the rest of it after a resume."""
     cfg, world, stage = run.cfg, run.world, plan.stage
     select = None
     if stage.unique_tokens:
-        n = data.num_rows(stage.seq_len)
-        count = min(n, max(1, stage.unique_tokens // stage.seq_len))
-        select = permuted_index(np.arange(count), n, plan.seed, 0)
+        sizes = data.rows(stage.seq_len).sizes
+        count = min(sum(sizes), max(1, stage.unique_tokens // stage.seq_len))
+        select = Order(sizes, data.weights, plan.seed).rows(np.arange(count))
     loader = PackedLoader(
         data, seq_len=stage.seq_len, select=select, rows_per_step=plan.rows,
         micro_batch=plan.micro_batch, rank=world.rank, world_size=world.size, seed=plan.seed,
@@ -322,7 +318,7 @@ def train_stage(
                 timer.step(stage.batch_tokens)
                 last = step + 1 == plan.steps
                 if (step + 1) % cfg.log_every == 0 or last:
-                    log.take(values)
+                    log.take(values, loader.tokens())
                 if step_done is not None:
                     step_done()
                 number = signals.agreed(last)
@@ -382,7 +378,7 @@ def one_step(
     run.watch(run.step + 1, "loading data")
     batches = loader.next_step()
     run.watch(run.step + 1, "computing")
-    count = float(sum(b.num_valid for b in batches))
+    count = float(sum(num_selected(b.row_valid, stage.select_tokens) for b in batches))
     count = torch.full((), count, device=world.device)  # a fill; torch.tensor would wait
     count = all_sum(count, world).clamp_(min=1)
     with run.amp(), sdpa_priority(world.device):

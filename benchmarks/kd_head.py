@@ -5,8 +5,10 @@
     python benchmarks/kd_head.py --device cpu --tokens 256 --hidden_size 64 --vocab_size 1000
 
 Forward KL from hidden states and weights in bfloat16 on CUDA; dW in float32, which is counted. The
-error is that of dh and dW on the first 256 tokens, against float64, as a ratio of RMS. Peers that
-are not installed are named and left out: Liger's chunked JSD with beta 0, fla's FusedKLDivLoss.
+error is that of dh and dW on the first 256 tokens, against float64, as a ratio of RMS. Two rows are
+what --select_tokens makes of ours: losses of all tokens first, then the head on those kept. Peers
+that are not installed are named and left out: Liger's chunked JSD with beta 0, fla's
+FusedKLDivLoss.
 """
 
 from __future__ import annotations
@@ -26,9 +28,11 @@ from benchmarks.common import about, clock, extra_memory
 from metrics import console_table
 from ops import kd_head as head
 from ops.kd_head import kd_head, naive_kd_head
+from ops.token_select import num_selected, select_tokens, token_losses
 
 CHECKED = 256  # tokens
 FLOAT32 = "ours, float32 weights"
+SHARES = {"0.6 of the tokens": 0.6, "0.3 of the tokens": 0.3}  # chosen by excess loss
 
 
 def make(args, tokens: int) -> list[torch.Tensor]:
@@ -57,6 +61,16 @@ def ours_float32_weights(h_s, w_s, h_t, w_t, labels, chunk_size=0):
         return ours(h_s, w_s, h_t, w_t, labels, chunk_size)
 
 
+def selecting(h_s, w_s, h_t, w_t, labels, share, chunk_size=0):
+    """As a stage with select_tokens has it; all tokens are one row."""
+    losses = (
+        token_losses(h, w, labels, chunk_size=chunk_size) for h, w in ((h_s, w_s), (h_t, w_t))
+    )
+    total = num_selected([len(labels)], share)
+    at = select_tokens(next(losses) - next(losses), labels, 1, share, total)
+    return ours(h_s.index_select(0, at), w_s, h_t[at], w_t, labels[at], chunk_size)
+
+
 def full_logits(h_s, w_s, h_t, w_t, labels):
     log_p = (h_s @ w_s.t()).float().log_softmax(-1)
     with torch.no_grad():
@@ -81,6 +95,8 @@ def fla() -> Callable:
 def variants(args) -> dict[str, Callable]:
     """name -> loss(h_s, w_s, h_t, w_t, labels) of what can run here."""
     found = {"ours": partial(ours, chunk_size=args.chunk_size), "full logits": full_logits}
+    for name, share in SHARES.items():
+        found[name] = partial(selecting, share=share, chunk_size=args.chunk_size)
     if args.device == "cuda":
         found[FLOAT32] = partial(ours_float32_weights, chunk_size=args.chunk_size)
     for name, load in (("Liger", liger), ("fla", fla)):
@@ -110,7 +126,8 @@ def measure(args) -> dict:
     for name, loss in variants(args).items():
         row = {"variant": name}
         try:
-            row["error"] = exactness(loss, args)
+            if name not in SHARES:
+                row["error"] = exactness(loss, args)
             inputs = make(args, args.tokens)
             if name == FLOAT32:
                 inputs[1] = inputs[1].detach().float().requires_grad_()
@@ -168,7 +185,8 @@ def show(results: dict) -> None:
     for row in results["rows"]:
         if "ms" in row:
             line = {"ms": f"{row['ms']:.2f}", "GiB": f"{row['bytes'] / 2**30:.2f}"}
-            table.append({"variant": row["variant"], **line, "error": f"{row['error']:.2e}"})
+            line["error"] = f"{row['error']:.2e}" if "error" in row else "-"
+            table.append({"variant": row["variant"], **line})
         else:
             table.append({"variant": row["variant"], "ms": row["note"], "GiB": "", "error": ""})
     console_table("distillation head, forward and backward", table)

@@ -3,6 +3,7 @@ r"""What the data loader and document masks cost: milliseconds of one pretrainin
     python benchmarks/loader.py --json loader.json
     python benchmarks/loader.py --read loader.json
     python benchmarks/loader.py --device cpu --shape tiny --seq_len 128 --batch 4 --repeats 3
+    python benchmarks/loader.py --alone --tokens 1000000
 
 The same model takes the same number of tokens three ways: `on device`, unpacked batches that are
 there already, each taken once; `rows`, from shards through `PackedLoader` with doc_mask=False,
@@ -12,6 +13,9 @@ more than packing costs. Shards are temporary: documents of random tokens with Z
 frequencies, lengths log-normal with a median of 400. The ways take turns, `--steps` consecutive
 steps each, so that prefetching works as in a run and a drift of the clock hits all three; medians
 over the turns.
+
+--alone: no model; how fast one process makes steps of `rows`, `documents`, `best fit` (documents
+packed whole) and of mixtures of three data sets (here the same one), without prefetching.
 """
 
 from __future__ import annotations
@@ -37,6 +41,7 @@ from config import ModelConfig, PretrainConfig
 from data import Batch, PackedLoader, ShardWriter, TokenDataset
 from distributed import compile_blocks, this_process
 from metrics import console_table
+from mixture import Mixture
 from model import Transformer
 from objectives import HeadObjective
 from optimizer import StepGuard
@@ -137,6 +142,35 @@ def measure(args) -> dict:
     return results
 
 
+def alone(args) -> dict:
+    """Milliseconds of making a step, each way in turn."""
+    results = {"about": about(args, "loader"), "rows": []}
+    with tempfile.TemporaryDirectory() as folder:
+        write_shards(folder, SHAPES[args.shape]["vocab_size"], args.tokens)
+        data, weights = TokenDataset.open(folder, "train"), [7, 2, 1]
+        three = dict.fromkeys("abc", data)
+        ways = {
+            "rows": (data, False), "documents": (data, True),
+            "best fit": (Mixture({"a": data}, [1], "best_fit"), True),
+            "mixture": (Mixture(three, weights), True),
+            "mixture, best fit": (Mixture(three, weights, "best_fit"), True),
+        }  # fmt: skip
+        loaders = {
+            name: PackedLoader(source, seq_len=args.seq_len, rows_per_step=args.batch,
+                               micro_batch=args.batch, doc_mask=mask, prefetch=0)
+            for name, (source, mask) in ways.items()
+        }  # fmt: skip
+        for turn in range(-1, args.repeats):
+            for name, loader in loaders.items():
+                for _ in range(args.steps):
+                    ms = 1e3 * clock(loader.next_step, "cpu", 1)
+                    if turn >= 0:
+                        results["rows"].append({"turn": turn, "batch": name, "ms": ms})
+    if args.json:
+        Path(args.json).write_text(json.dumps(results, indent=1) + "\n")
+    return results
+
+
 def show(results: dict) -> None:
     """Medians, and what each way costs over the one before it."""
     settings = results["about"]
@@ -167,11 +201,16 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--repeats", type=int, default=4, help="turns of each")
     parser.add_argument("--device", default="cuda" if cuda else "cpu")
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=cuda)
+    parser.add_argument("--alone", action="store_true", help="time the loader without a model")
     parser.add_argument("--json", default="", help="write the numbers here, turn by turn")
     parser.add_argument("--read", default="", help="show these numbers instead of measuring")
     args = parser.parse_args(argv)
     args.tokens = args.tokens or (20_000_000 if args.device == "cuda" else 100_000)
-    show(json.loads(Path(args.read).read_text()) if args.read else measure(args))
+    if args.read:
+        results = json.loads(Path(args.read).read_text())
+    else:
+        results = alone(args) if args.alone else measure(args)
+    show(results)
 
 
 if __name__ == "__main__":

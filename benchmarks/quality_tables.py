@@ -68,7 +68,7 @@ TABLES: dict[str, dict[str, list[str]]] = {
         "3:1": ["--layers=3:1"],
         **{
             scorer: ["--layers=auto:0.75", f"--search_scorer={scorer}"]
-            for scorer in ("swap", "drop", "greedy", "gates")
+            for scorer in ("swap", "drop", "window", "greedy", "gates")
         },
     },
     "share": {

@@ -107,6 +107,15 @@ def test_old_flags_keep_working():
     assert stage.steps(cfg.max_steps) == 5
 
 
+def test_select_tokens_is_of_distill_and_long():
+    cfg = load(DistillConfig, "--select_tokens=0.6", "--long_select_tokens=0.3")
+    stages = (cfg.align, cfg.distill, cfg.long)
+    assert [stage.select_tokens for stage in stages] == [1, 0.6, 0.3]
+    assert "select_tokens" not in cfg.align.identity()  # nor has it an old checkpoint
+    assert cfg.long.identity()["select_tokens"] == 0.3
+    assert PretrainConfig(select_tokens=0.5).stage(80).select_tokens == 0.5
+
+
 REFUSALS = [
     ("train_kd", ["--layer=3"], "did you mean --layers"),
     ("train_kd", ["--lr=1"], "--align_lr and --distill_lr"),
@@ -132,6 +141,14 @@ REFUSALS = [
     ("train", ["--resume=auto"], "--run"),
     ("train", ["--resume=runs/none-such"], "no checkpoint"),
     ("train", ["--num_blocks=0"], "at least 1"),
+    ("train", ["--packing=tight"], "one of concatenate, best_fit"),
+    ("train", ["--select_tokens=0.5"], "--reference, a model to compare with, expected"),
+    ("train", ["--select_tokens=1.5"], "at most 1"),
+    ("train", ["--select_tokens=0"], "at least 0.01"),
+    ("train", ["--reference=x"], "--select_tokens below 1 expected"),
+    ("train", ["--reference=x", "--select_tokens=0.5"], "--reference: no folder x"),
+    ("train_kd", ["--align_select_tokens=0.5"], "align has a target for every token"),
+    ("train_kd", ["--reference=x"], "unknown"),
 ]
 
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 from documents import random_documents, write
 
+import data
 from config import UserError
 from data import (
     IGNORE,
@@ -99,9 +100,9 @@ def test_pack_rows_matches_reference(dataset, doc_mask, seq_len):
 
 
 def test_cu_seqlens_always_ends_with_the_length(tmp_path):
-    data = TokenDataset.open(write(tmp_path, [[1]] * 200), "train")  # documents of two tokens
+    short = TokenDataset.open(write(tmp_path, [[1]] * 200), "train")  # documents of two tokens
     for seq_len in range(24, 40):  # 12 .. 20 documents: around the smallest bucket
-        cu = pack_rows(data, [0], seq_len, True).cu_seqlens
+        cu = pack_rows(short, [0], seq_len, True).cu_seqlens
         assert cu[0] == 0 and cu[-1] == seq_len and cu.diff().sum() == seq_len
 
 
@@ -111,6 +112,9 @@ def test_repeated_spans_stand_earlier_in_the_row():
     assert (fresh == np.arange(2049)).all()  # the argument is left alone
     copied = np.stack(rows) != fresh
     assert not copied[:, :256].any() and 0.4 < copied.mean() < 0.6
+    pairs = zip(rows, copied, strict=True)
+    back = np.concatenate([fresh[c] - row[c] for row, c in pairs])
+    assert 0.24 < (back < 256).mean() < 0.4 and (back > 1024).mean() > 0.15  # near and far
     again = 0
     for row in rows:
         seen = set()
@@ -256,6 +260,20 @@ def test_resume_refuses_another_order(dataset, tmp_path):
         loader(dataset).load_state_dict({})
 
 
+@pytest.mark.parametrize("ahead", [1, 30])
+def test_rows_looked_up_ahead_change_nothing(dataset, monkeypatch, ahead):
+    far, near = loader(dataset, prefetch=0), loader(dataset, prefetch=0)
+    for step in range(40):
+        monkeypatch.setattr(data, "AHEAD", 4096)
+        expected = samples(far.next_step())
+        monkeypatch.setattr(data, "AHEAD", ahead)
+        assert samples(near.next_step()) == expected
+        if step == 20:  # back again
+            state = near.state_dict() | {"samples": 12 * 5}
+            near.load_state_dict(state)
+            far.load_state_dict(state)
+
+
 def test_close_and_go_on(dataset):
     plain, closing = loader(dataset, prefetch=0), loader(dataset, prefetch=2)
     for _ in range(4):
@@ -274,16 +292,16 @@ def test_thread_error_surfaces_and_stays(dataset):
     stream = loader(dataset, prefetch=2)
     stream.next_step()
     stream.close()
-    broken = dataset.read
+    whole = dataset.read_into
 
-    def read(start, n):
+    def read_into(out, start):
         raise OSError("the disk went away")
 
-    dataset.read = read
+    dataset.read_into = read_into
     for _ in range(2):  # not a hang, not a silent restart
         with pytest.raises(OSError, match=r"the disk went away"):
             stream.next_step()
-    dataset.read = broken
+    dataset.read_into = whole
     assert stream.state_dict()["samples"] == 12
     stream.close()
 

@@ -322,7 +322,7 @@ def test_command(tmp_path, text_shards, pair, capsys):
     assert "nothing: no config.json" in capsys.readouterr().err
     for wrong, name in (
         (["--teacher", str(tmp_path / "nowhere")], "nowhere"),
-        (["--out", str(tmp_path / "nowhere")], "--out"),
+        (["--out", str(tmp_path / "eval.md")], "--out"),
         (["--recall_tasks", "chess"], "--recall_tasks"),
     ):
         with pytest.raises(SystemExit) as stop:

@@ -95,7 +95,7 @@ def test_a_whole_run(tiny_teacher, tiny_data, tmp_path, compiled):
     assert all(0 < v < 1 for v in metric_rows(tmp_path / "a", "mfu").values())
 
 
-@pytest.mark.parametrize("scorer", ["swap", "drop", "greedy", "gates"])
+@pytest.mark.parametrize("scorer", ["swap", "drop", "window", "greedy", "gates"])
 def test_a_search_and_an_evaluation(scorer, tiny_teacher, tiny_data, tmp_path):
     """Layers are chosen, and the student decodes in float32 as it reads; its recall is asked."""
     call_script(

@@ -130,6 +130,96 @@ def test_head_losses_do_not_depend_on_micro_batches(teacher, data, kd_weight):
         assert_close_rms(split[1][name], grad, 1e-7, name)
 
 
+def selected(objective, batch) -> torch.Tensor:
+    """Positions of the tokens that the head is given."""
+    loss, seen = objective.module, []
+    choose = loss._selected
+    loss._selected = lambda *args: seen.append(choose(*args)) or seen[-1]
+    loss(batch, torch.tensor(1.0))
+    del loss._selected
+    return seen[0]
+
+
+KINDS = {"distill": (1.0, 0.3), "cross-entropy": (0.0, 1.0)}
+
+
+@pytest.mark.parametrize(("kd_weight", "ce_weight"), KINDS.values(), ids=KINDS.keys())
+def test_only_selected_tokens_take_part(teacher, data, kd_weight, ce_weight):
+    """The tokens with the largest excess loss of each row; the rest as if masked."""
+    student = make_student(teacher)
+    stage = StageConfig(kd_weight=kd_weight, ce_weight=ce_weight, select_tokens=0.4)
+    batch = pack_rows(data, [0, 1, 2], 40, True)
+    objective = HeadObjective(student, teacher, stage, ONE, LAYERS)
+    at = selected(objective, batch).tolist()
+    logits = (m(**objectives.inputs(batch)) @ m.head_weight.T for m in (student, teacher))
+    labels = batch.labels.flatten()
+    losses = (torch.nn.functional.cross_entropy(z[0], labels, reduction="none") for z in logits)
+    excess = next(losses) - next(losses)
+    expected = []
+    for row in range(3):
+        valid = [i for i in range(40 * row, 40 * row + 40) if labels[i] >= 0]
+        most = sorted(valid, key=lambda i: -excess[i].item())[: round(0.4 * len(valid))]
+        expected += sorted(most)
+    assert at == expected
+    masked = copy.deepcopy(batch)
+    others = [i for i in range(120) if i not in at]
+    masked.labels.view(-1)[others] = -100
+    plain = HeadObjective(student, teacher, StageConfig(kd_weight=kd_weight, ce_weight=ce_weight),
+                          ONE, LAYERS)  # fmt: skip
+    for p in plain.params.values():
+        p.grad = None
+    number = torch.tensor(float(len(at)), dtype=torch.float64)
+    wanted = plain.backward([masked], number)
+    grads = {n: p.grad.clone() for n, p in plain.params.items()}
+    for p in plain.params.values():
+        p.grad = None
+    found = objective.backward([batch], number)
+    for name in wanted:
+        assert found[name] == pytest.approx(wanted[name].item(), rel=1e-9)
+    for name, grad in grads.items():
+        assert_close_rms(objective.params[name].grad, grad, 1e-9, name)
+
+
+def test_selection_does_not_depend_on_micro_batches(teacher, data):
+    student = make_student(teacher)
+    stage = StageConfig(select_tokens=0.3)
+    objective = HeadObjective(student, teacher, stage, ONE, LAYERS)
+    number = sum(
+        objectives.num_selected(pack_rows(data, [i], 40, True).row_valid, 0.3) for i in range(4)
+    )
+    results = []
+    for micro in (4, 2, 1):
+        batches = [pack_rows(data, range(i, i + micro), 40, True) for i in range(0, 4, micro)]
+        assert sum(objectives.num_selected(b.row_valid, 0.3) for b in batches) == number
+        for p in objective.params.values():
+            p.grad = None
+        sums = objective.backward(batches, torch.tensor(float(number), dtype=torch.float64))
+        results.append((sums, {n: p.grad.clone() for n, p in objective.params.items()}))
+    for sums, grads in results[1:]:
+        assert sums["loss"] == pytest.approx(results[0][0]["loss"].item(), rel=1e-9)
+        for name, grad in grads.items():
+            assert_close_rms(grad, results[0][1][name], 1e-7, name)
+
+
+def test_hidden_states_of_other_tokens_get_no_gradient(teacher, data, monkeypatch):
+    student = make_student(teacher)
+    objective = HeadObjective(student, teacher, StageConfig(select_tokens=0.2), ONE, LAYERS)
+    batch, hidden = pack_rows(data, [0, 1], 40, True), []
+    forward = student.forward
+
+    def keep(**kwargs):
+        hidden.append(forward(**kwargs))
+        hidden[-1].retain_grad()
+        return hidden[-1]
+
+    monkeypatch.setattr(student, "forward", keep)
+    at = selected(objective, batch)
+    objective.module(batch, torch.tensor(1.0)).loss.backward()
+    grad = hidden[-1].grad[0].abs().sum(-1)
+    chosen = torch.zeros(80, dtype=torch.bool).index_fill(0, at, True)
+    assert (grad[chosen] > 0).all() and (grad[~chosen] == 0).all() and 0 < chosen.sum() < 30
+
+
 def test_distilling_the_teacher_into_itself_costs_nothing(teacher, data):
     student = copy.deepcopy(teacher).requires_grad_(True)
     batches = [pack_rows(data, [0, 1], 40, True)]

@@ -6,6 +6,7 @@ import gc
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -213,8 +214,6 @@ def test_resume_refuses_changes(refused, tiny_teacher, tiny_data, tmp_path):
     assert "seed" in refused("train_kd", *again, "--seed=9")
     assert "stages" in refused("train_kd", *again, "--align_lr=0.5")
     other = tmp_path / "other-data"
-    import shutil
-
     shutil.copytree(tiny_data, other)
     from shard_writer import ShardWriter
     from tokenizer import load_tokenizer
@@ -314,14 +313,60 @@ def test_two_ranks_equal_one_distilling(tiny_teacher, tiny_data, tmp_path):
         assert rows[0] == pytest.approx(rows[1], rel=1e-5, abs=1e-7)
 
 
+@pytest.mark.parametrize("script", ["train", "train_kd"])
+def test_selected_tokens_are_the_same_on_two_ranks(script, tiny_teacher, tiny_data, tmp_path):
+    def flags(run, *more):
+        if script == "train":
+            known = ("--select_tokens=0.4", f"--reference={tiny_teacher}", "--batch_size=1")
+            return train_flags(tiny_data, tmp_path, run, *known, *more)
+        known = ("--select_tokens=0.4", "--max_steps=6", "--stages=distill")
+        return kd_flags(tiny_teacher, tiny_data, tmp_path, run, *known, *more)
+
+    call_script(script, *flags("one"))
+    split = ["--distill_micro_batch=1"] if script == "train_kd" else []
+    run_python(f"{script}.py", *flags("two", *split), ranks=2)
+    one, two = metric_rows(tmp_path / "one"), metric_rows(tmp_path / "two")
+    assert len(one) == 6 and relative(one, two) <= 1e-5
+    off = ["--select_tokens=1"] + ["--reference="] * (script == "train")
+    call_script(script, *flags("off", *off))
+    off = metric_rows(tmp_path / "off")
+    assert relative(one, off) > 1e-3
+    assert 0.8 < one[1] / off[1] < 3  # a mean over the tokens kept
+
+
+def test_selecting_all_tokens_is_the_same_as_not_selecting(tiny_teacher, tiny_data, tmp_path):
+    for name, more in (("off", []), ("all", ["--select_tokens=1.0"])):
+        flags = kd_flags(tiny_teacher, tiny_data, tmp_path, name, "--max_steps=4", *more)
+        call_script("train_kd", *flags)
+    assert metric_rows(tmp_path / "off") == metric_rows(tmp_path / "all")
+
+
+def test_long_can_select_tokens_too(tiny_teacher, tiny_data, tmp_path):
+    """By the teacher, from which it does not distil."""
+    flags = kd_flags(tiny_teacher, tiny_data, tmp_path, "a", "--stages=long", "--long_seq_len=64")
+    more = ("--long_batch_tokens=128", "--long_lr=1e-3", "--max_steps=3", "--select_tokens=0.5")
+    call_script("train_kd", *flags, *more)
+    assert sorted(metric_rows(tmp_path / "a", "ce")) == [1, 2, 3]
+
+
+def test_a_reference_of_another_tokenizer_is_refused(refused, tiny_teacher, tiny_data, tmp_path):
+    from tokenizers import Tokenizer, models
+
+    other = tmp_path / "other"
+    shutil.copytree(tiny_teacher, other)
+    Tokenizer(models.WordLevel({"</s>": 0, "a": 1}, unk_token="a")).save(
+        str(other / "tokenizer.json")
+    )
+    flags = train_flags(tiny_data, tmp_path, "a", "--select_tokens=0.5", f"--reference={other}")
+    assert "--reference: tokenizer other (" in refused("train", *flags)
+
+
 def test_resume_on_another_number_of_ranks(tiny_teacher, tiny_data, tmp_path):
     flags = kd_flags(tiny_teacher, tiny_data, tmp_path, "two", "--save_every=4")
     whole = kd_flags(tiny_teacher, tiny_data, tmp_path, "whole")
     call_script("train_kd", *whole)
     run_python("train_kd.py", *flags, "--stages=align,distill", "--max_steps=30", ranks=2)
     expected = metric_rows(tmp_path / "whole")
-    import shutil
-
     newest = max((tmp_path / "two" / "checkpoints").iterdir(), key=lambda p: int(p.name[5:]))
     shutil.rmtree(newest)
     shutil.rmtree(tmp_path / "two" / "model")

@@ -124,13 +124,14 @@ def lopsided(tiny_teacher):
     return teacher.eval().requires_grad_(False)
 
 
-@pytest.mark.parametrize("scorer", ["swap", "drop", "greedy", "gates"])
+@pytest.mark.parametrize("scorer", ["swap", "drop", "window", "greedy", "gates"])
 def test_layers_that_matter_stay_softmax(scorer, lopsided, tiny_data):
     student = convert_layers(lopsided, [0, 1, 2, 3])
     with torch.no_grad():  # badly aligned where attention matters, perfectly where it does not
         for i in (1, 2):
             student.layers[i].linear_attn.o_proj.weight.mul_(-1)
-    settings = Search(scorer=scorer, tokens=512, seq_len=64, recall_samples=0, gate_steps=30)
+    settings = Search(scorer=scorer, tokens=512, seq_len=64, recall_samples=0, gate_steps=30,
+                      window=2)  # fmt: skip
     before = list(student.layers)
     found = choose_layers(
         student, lopsided, [0, 1, 2, 3], share=0.5, settings=settings,
@@ -151,9 +152,9 @@ def test_layers_that_matter_stay_softmax(scorer, lopsided, tiny_data):
     table = pattern_table(found, 4)
     assert [row["layers"] for row in table] == ["LFFL", "LFLF", "LLLL", "FFFF"]
     assert table[2]["kl"] == round(found["baseline"]["kl"], 4) > table[3]["kl"] == 0
-    if scorer != "gates":  # KL with layer 0 the only softmax one, or (drop) the only linear one
+    if scorer != "gates":  # KL with layer 0 alone softmax, or (drop, window) alone something else
         kl = {row["layer"]: row["kl"] for row in found["layers"]}
-        base = 0 if scorer == "drop" else found["baseline"]["kl"]
+        base = 0 if scorer in ("drop", "window") else found["baseline"]["kl"]
         assert kl[0] == pytest.approx(base, abs=1e-5) and abs(kl[1] - base) > 0.01
         assert found["noise"] >= 0 and scores[0] == pytest.approx(0, abs=1e-4)
 

@@ -64,7 +64,7 @@ def launch(log, loss: float, skipped: int = 0, in_row: int = 0) -> None:
     log.timer.step(100)
     log.take({"loss": torch.tensor(loss), "kl": torch.tensor(0.5), "grad_norm": torch.tensor(3.0),
               "lr": 1e-3, "skipped": torch.tensor(float(skipped)),
-              "in_row": torch.tensor(float(in_row))})  # fmt: skip
+              "in_row": torch.tensor(float(in_row))}, {})  # fmt: skip
 
 
 def test_a_row_comes_with_the_step_after(log):

@@ -19,6 +19,7 @@ from test_kd_head import SETTINGS, assert_close, gradients, like, make
 
 from ops import kd_head as head
 from ops.kd_head import LOSSES, ce_head, kd_head, naive_kd_head
+from ops.token_select import token_losses
 
 FIELDS = ("loss", "kd", "ce", "teacher_ce", "agree", "count")
 
@@ -122,9 +123,19 @@ def check_masks_and_labels(device: str) -> None:
     assert out.loss == 0 and not gradients(out, inputs)[1].any()
 
 
+def check_token_losses(device: str) -> None:
+    """Of each token by itself, on a part of the vocabulary; 0 under the mask."""
+    h, w, _, _, labels = on(device, make(n=37, vocab=133, teacher_vocab=101))
+    want = F.cross_entropy(h @ w[:101].t(), labels, ignore_index=-100, reduction="none")
+    with mock.patch.object(F, "cross_entropy", side_effect=AssertionError):
+        found = token_losses(*like([h, w], torch.float32), labels, vocab=101, chunk_size=10)
+    assert_close(found, want, torch.float32)
+    assert torch.equal(found == 0, labels == -100)
+
+
 CHECKS = [
     check_losses, check_cross_entropy, check_bfloat16, check_gradient_into_grad,
-    check_masks_and_labels,
+    check_masks_and_labels, check_token_losses,
 ]  # fmt: skip
 
 
