@@ -263,8 +263,8 @@ def prepare(options) -> dict:
             write(work, tokenizer, fast, files, starts, options)
         except OSError as error:
             raise UserError(
-                f"{error.filename or work.folder}: {error.strerror}; when that is mended, the same"
-                " command goes on"
+                f"{error.filename or work.folder}: {error.strerror or error}; when that is mended,"
+                " the same command goes on"
             ) from error
     work.finish()
     file, _, at = before["position"]
