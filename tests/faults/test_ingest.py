@@ -46,9 +46,10 @@ def test_every_token_after_ten_kills(tree, tmp_path, monkeypatch):
 def test_memory_does_not_grow_with_the_input(tree, tmp_path):
     folder, _, _ = tree
     paths = sorted(folder.rglob("*.*"))
-    few = ingest.prepare([paths[0], paths[-1]], tmp_path / "few", "byte", 2)
+    few = ingest.prepare([*paths[:2], *paths[-2:]], tmp_path / "few", "byte", 2)
     all_ = ingest.prepare([folder], tmp_path / "all", "byte", 2)
-    assert all_.peak_bytes < few.peak_bytes + (25 << 20), (few.peak_bytes, all_.peak_bytes)
+    # The other 24 MB of text are 48 MB of tokens; the queue is 10 MB fuller in a longer run.
+    assert all_.peak_bytes < few.peak_bytes + (24 << 20), (few.peak_bytes, all_.peak_bytes)
 
 
 @pytest.mark.slow
