@@ -23,7 +23,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from config import UserError
-from shards import ShardWriter, TokenDataset, split_names
+from shard_writer import ShardWriter
+from shards import TokenDataset, split_names
 
 HELD_OUT = 0.05
 # Tests, tables and generated files teach nothing about prose or code.

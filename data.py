@@ -21,7 +21,8 @@ from config import UserError
 from ops.bounds import remember
 from order import Order, hashed, permuted_index
 from packing import Rows
-from shards import ShardWriter, TokenDataset
+from shard_writer import ShardWriter
+from shards import TokenDataset
 
 __all__ = [
     "Batch",

@@ -1,4 +1,4 @@
-"""Token shards on disk: `ShardWriter` makes a data set folder, `TokenDataset` reads one.
+"""Token shards on disk: `TokenDataset` reads a data set folder that `ShardWriter` made.
 
     python -m pytest tests/test_shards.py
 
@@ -12,9 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import re
 import struct
-from array import array
 from pathlib import Path
 
 import numpy as np
@@ -33,147 +31,6 @@ HEADER_HASH = struct.Struct("<Q")
 
 GPT2_MAGIC, GPT2_VERSION, GPT2_EOT = 20240520, 1, 50256
 SCAN_BYTES = 1 << 25
-
-
-class ShardWriter:
-    """Writes one split of a data set: `add` each document's ids, then `close`.
-
-    Every document gets `tokenizer.eos_token_id` appended and stays in one shard. A shard appears
-    under its name only when complete (temporary file, fsync, rename), and `meta.json`, without
-    which no data set opens, comes last. As a context manager, an exception discards the split.
-    Raises `UserError` if the folder has this split already, unless `overwrite`, or if its other
-    splits were written with another tokenizer.
-    """
-
-    def __init__(
-        self,
-        folder,
-        split: str,
-        tokenizer,
-        *,
-        shard_tokens: int = 100_000_000,
-        overwrite: bool = False,
-        source: str = "",
-    ):
-        assert re.fullmatch(r"[a-z][a-z0-9_]*", split), split
-        self.folder, self.split = Path(folder), split
-        self.tokenizer, self.shard_tokens, self.source = tokenizer, shard_tokens, source
-        self.dtype = np.dtype("<u2" if tokenizer.vocab_size <= 1 << 16 else "<u4")
-        self.num_tokens = self.num_documents = 0
-        self._shards: list[str] = []
-        self._file = None
-        self.folder.mkdir(parents=True, exist_ok=True)
-        meta = self._read_meta()
-        old = sorted(self.folder.glob(f"{split}-*.bin"))
-        if (old or split in meta["splits"]) and not overwrite:
-            raise UserError(
-                f"{self.folder} already holds a {split!r} split; choose another folder, or ask to"
-                " overwrite it"
-            )
-        if meta["splits"].pop(split, None) is not None:
-            # First make the split invisible, so that no reader sees half old and half new shards.
-            _write_file(self.folder / "meta.json", json.dumps(meta, indent=1).encode())
-        for path in old:
-            _remove_shard(path)
-
-    def _read_meta(self) -> dict:
-        t = self.tokenizer
-        meta = {
-            "format": "retort-shards",
-            "version": VERSION,
-            "source": self.source,
-            # An absolute path would mean nothing on another machine, and tell about this one.
-            "tokenizer": {"name": t.name, "spec": t.portable_spec, "hash": t.hash},
-            "vocab_size": t.vocab_size,
-            "eos_token_id": t.eos_token_id,
-            "bos_token_id": t.bos_token_id,
-            "splits": {},
-        }
-        path = self.folder / "meta.json"
-        if path.exists():
-            old = _load_meta(path)
-            found = (old["tokenizer"]["hash"], old["vocab_size"], old["eos_token_id"])
-            if old["splits"].keys() - {self.split}:
-                if found != (t.hash, t.vocab_size, t.eos_token_id):
-                    raise UserError(
-                        f"{path}: written with tokenizer {old['tokenizer']['name']!r}"
-                        f" (hash, vocab, eos {found}), expected {t.name!r}"
-                    )
-                meta["source"] = self.source or old["source"]
-            meta["splits"] = old["splits"]
-        return meta
-
-    def add(self, ids) -> None:
-        """One document's token ids. An empty document is left out."""
-        ids = np.asarray(ids, dtype=np.int64)
-        if ids.size == 0:
-            return
-        if ids.min() < 0 or ids.max() >= self.tokenizer.vocab_size:
-            raise ValueError(f"token ids outside 0..{self.tokenizer.vocab_size - 1} in a document")
-        if self._file is not None and self._count + ids.size + 1 > self.shard_tokens:
-            self._finish_shard()
-        if self._file is None:
-            self._name = f"{self.split}-{len(self._shards):05d}.bin"
-            self._tmp = self.folder / (self._name + ".tmp")
-            self._file = open(self._tmp, "wb")  # noqa: SIM115 (open until the shard is full)
-            self._file.write(bytes(HEADER_BYTES))  # replaced by the real header at the end
-            self._hash, self._count, self._ends = xxhash.xxh3_64(), 0, array("q")
-        payload = np.append(ids, self.tokenizer.eos_token_id).astype(self.dtype).tobytes()
-        self._file.write(payload)
-        self._hash.update(payload)
-        self._count += ids.size + 1
-        self._ends.append(self._count)
-
-    def _finish_shard(self) -> None:
-        t = self.tokenizer
-        ends = np.array(self._ends, dtype="<i8")
-        head = HEADER.pack(
-            *(MAGIC, VERSION, self._count, self.dtype.itemsize, t.vocab_size),
-            *(-1 if t.bos_token_id is None else t.bos_token_id, t.eos_token_id),
-            *(bytes.fromhex(t.hash), self._hash.intdigest(), len(ends)),
-            xxhash.xxh3_64_intdigest(ends.tobytes()),
-        )
-        self._file.seek(0)
-        self._file.write(head + HEADER_HASH.pack(xxhash.xxh3_64_intdigest(head)))
-        self._file.flush()
-        os.fsync(self._file.fileno())
-        self._file.close()
-        self._file = None
-        sidecar = _sidecar(self.folder / self._name)
-        with open(str(sidecar) + ".tmp", "wb") as file:
-            np.save(file, ends, allow_pickle=False)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(str(sidecar) + ".tmp", sidecar)
-        os.replace(self._tmp, self.folder / self._name)
-        self._shards.append(self._name)
-        self.num_tokens += self._count
-        self.num_documents += len(ends)
-
-    def close(self) -> None:
-        """Finishes the last shard and enters the split in meta.json."""
-        if self._file is not None:
-            self._finish_shard()
-        meta = self._read_meta()
-        meta["splits"][self.split] = {
-            "shards": self._shards,
-            "tokens": self.num_tokens,
-            "documents": self.num_documents,
-        }
-        _write_file(self.folder / "meta.json", json.dumps(meta, indent=1).encode())
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, kind, *_):
-        if kind is None:
-            self.close()
-            return
-        if self._file is not None:
-            self._file.close()
-            self._tmp.unlink()
-        for name in self._shards:
-            _remove_shard(self.folder / name)
 
 
 class TokenDataset:
@@ -283,14 +140,14 @@ class TokenDataset:
 
 def split_names(folder: str | Path) -> list[str]:
     """The splits that a data set has."""
-    return list(_load_meta(Path(folder) / "meta.json")["splits"])
+    return list(load_meta(Path(folder) / "meta.json")["splits"])
 
 
 def _open_shards(cls, folder: Path, split: str, verify: bool) -> TokenDataset:
     path = folder / "meta.json"
     if not path.is_file():
         raise UserError(f"--data {folder}: no meta.json there; not a data set, or never finished")
-    meta = _load_meta(path)
+    meta = load_meta(path)
     if split not in meta["splits"]:
         raise UserError(f"--data {folder}: no split {split!r}; it has {sorted(meta['splits'])}")
     entry = meta["splits"][split]
@@ -351,9 +208,9 @@ def _open_shard(path: Path, verify: bool) -> tuple[np.ndarray, np.ndarray, dict]
         raise UserError(f"{path}: {size} bytes, expected {expected} for {tokens} tokens")
     # shape= makes numpy refuse a short file; without it an offset map is silently shorter.
     data = np.memmap(path, f"<u{itemsize}", "r", offset=HEADER_BYTES, shape=(tokens,))
-    ends = _load_ends(_sidecar(path))
+    ends = _load_ends(sidecar_of(path))
     if len(ends) != documents or ends[-1] != tokens or xxhash.xxh3_64_intdigest(ends) != sidecar:
-        raise UserError(f"{_sidecar(path)}: damaged, or not of {path.name} (checksum mismatch)")
+        raise UserError(f"{sidecar_of(path)}: damaged, or not of {path.name} (checksum mismatch)")
     if verify:
         hasher = xxhash.xxh3_64()
         for part in _parts(data):
@@ -445,13 +302,8 @@ def _check_size(data: np.memmap) -> None:
         )
 
 
-def _sidecar(path: Path) -> Path:
+def sidecar_of(path: Path) -> Path:
     return path.with_suffix(".docs.npy")
-
-
-def _remove_shard(path: Path) -> None:
-    path.unlink()
-    _sidecar(path).unlink(missing_ok=True)
 
 
 def _load_ends(path: Path) -> np.ndarray:
@@ -466,7 +318,7 @@ def _load_ends(path: Path) -> np.ndarray:
     return ends
 
 
-def _load_meta(path: Path) -> dict:
+def load_meta(path: Path) -> dict:
     try:
         meta = json.loads(path.read_text(encoding="utf-8"))
         known = meta["format"] == "retort-shards"
@@ -487,12 +339,3 @@ def _parts(data: np.ndarray):
     """Consecutive pieces small enough to hash and scan without paging in a whole shard."""
     step = SCAN_BYTES // data.itemsize
     return (np.asarray(data[i : i + step]) for i in range(0, len(data), step))
-
-
-def _write_file(path: Path, payload: bytes) -> None:
-    tmp = path.with_name(path.name + ".tmp")
-    with open(tmp, "wb") as file:
-        file.write(payload)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(tmp, path)

@@ -6,264 +6,242 @@ Inputs are files, folders (searched recursively) and quoted glob patterns: .txt 
 document each; .jsonl files, one document a line, also as .gz and .zst (DCLM); .parquet files, one
 document a row (FineWeb). A document is held out or not by the hash of its text, so that two copies
 of one text are never on both sides, whatever the order of the inputs or the number of workers.
+Killed at any moment, the same command goes on, and ends with the same bytes.
 """
 
 from __future__ import annotations
 
 import argparse
-import glob
 import hashlib
-import importlib
 import json
+import multiprocessing
 import os
-import shutil
+import signal
 import sys
+import threading
 import time
-import zlib
 from collections import Counter, deque
 from concurrent.futures import ProcessPoolExecutor
-from functools import partial
-from multiprocessing import get_context
+from concurrent.futures.process import BrokenProcessPool
+from datetime import timedelta
 from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
 
 # Runnable as a file: the modules live one folder up and are not installed.
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from config import UserError
-from shards import ShardWriter
-from tokenizer import load_tokenizer
+from scripts.readers import Damaged, input_files, reader_of
+from scripts.unfinished import Unfinished
+from shard_writer import ShardWriter, pack_documents
+from tokenizer import Tokenizer, load_tokenizer
 
-BATCH_CHARS = 1 << 20  # of one task for a worker: large against the cost of sending it
-BATCH_DOCUMENTS = 2048
-READ_BYTES = 1 << 20
-PARQUET_ROWS = 1024
+SPLITS = ("train", "val")
+TASK_BYTES = 1 << 20  # of one task for a worker: large against the cost of sending it
+SAVE_SECONDS = 10.0  # of work that a crash may cost
+FAST_BYTES = 4_000_000  # of input that make up for the comparison of the two libraries
 BAD_SHOWN = 10
+TERMINAL_SECONDS, LINE_SECONDS = 2.0, 30.0  # between two reports
 
 
-def read_text(path: Path, options, bad):
-    """The file as one document, or split at two or more blank lines in a row."""
-    try:
-        with open(path, encoding="utf-8") as file:
-            if not options.split_paragraph_breaks:
-                yield file.read()
-                return
-            lines, blank = [], 0
-            for line in file:
-                blank = 0 if line.strip() else blank + 1
-                if blank == 2:
-                    yield "".join(lines)
-                    lines = []
-                if lines or not blank:
-                    lines.append(line)
-            yield "".join(lines)
-    except UnicodeDecodeError as error:
-        bad(f"{path}: not UTF-8 ({error.reason} at byte {error.start})")
+class Position(NamedTuple):
+    """The next row to read."""
+
+    file: int
+    row: int
+    at: int  # bytes of the file read before it, for the display
 
 
-def _package(name: str, path: Path):
-    """The module that reads such a file."""
-    try:
-        return importlib.import_module(name)
-    except ImportError:
-        extra = 'pip install -e ".[data]" expected'
-        raise UserError(f"{path}: {name.partition('.')[0]} is not installed; {extra}") from None
+class Packed(NamedTuple):
+    """What a worker makes of a task."""
+
+    splits: dict[str, tuple[np.ndarray, np.ndarray]]  # tokens and document ends
+    chars: int
+    bad: list[tuple[str, str]]  # kind and message of what was left out
 
 
-def plain_pieces(path: Path, bad):
-    with open(path, "rb") as file:
-        yield from iter(partial(file.read, READ_BYTES), b"")
-
-
-def decompressed_pieces(path: Path, bad):
-    """The frames of a zstd file, or the members of a gzip file, one after another; what comes
-    before damage is used."""
-    new, error_type = partial(zlib.decompressobj, wbits=31), zlib.error
-    if path.suffix != ".gz":
-        zstandard = _package("zstandard", path)
-        new, error_type = lambda: zstandard.ZstdDecompressor().decompressobj(), zstandard.ZstdError
-    frame, at = None, 0
-    for chunk in plain_pieces(path, bad):
-        at += len(chunk)
-        while chunk:
-            frame = frame or new()
-            try:
-                piece = frame.decompress(chunk)
-            except error_type as error:
-                bad(f"{path}: damaged ({error}) before byte {at}")
-                return
-            chunk = frame.unused_data
-            frame = None if frame.eof else frame
-            yield piece
-    if frame is not None:
-        bad(f"{path}: cut off at byte {at}, inside a frame")
-
-
-def lines_of(pieces):
-    """The lines of a file that comes in pieces, with their numbers."""
-    number, rest = 0, b""
-    for piece in pieces:
-        *lines, rest = (rest + piece).split(b"\n")
-        for line in lines:
-            number += 1
-            yield number, line
-    if rest:
-        yield number + 1, rest
-
-
-def read_jsonl(path: Path, options, bad, pieces=plain_pieces):
-    """The text field of each line; a line that has none is reported and left out. What is left of
-    a last line where the file is damaged counts as damage too."""
-    for number, line in lines_of(pieces(path, bad)):
-        if not line.strip():
-            continue
+def tasks(files: list[Path], options, start: Position):
+    """(task, position after it): a task is a list of (path, rows before, content), with the
+    content (kind, message) where a file is damaged. Its size is bounded, so that memory does not
+    grow with the input."""
+    task, size, position = [], 0, start
+    for i in range(start.file, len(files)):
+        path, row = files[i], start.row if i == start.file else 0
         try:
-            record = json.loads(line)
-        except ValueError as error:  # JSON or UTF-8
-            bad(f"{path}:{number}: not JSON ({error})")
-            continue
-        text = record.get(options.text_field) if isinstance(record, dict) else None
-        if isinstance(text, str):
-            yield text
-        else:
-            bad(f"{path}:{number}: no text field {options.text_field!r}")
-
-
-def read_parquet(path: Path, options, bad):
-    """The text column alone, some rows at a time."""
-    parquet = _package("pyarrow.parquet", path)
-    field, row = options.text_field, 0
-    try:
-        with parquet.ParquetFile(path) as file:
-            column = file.schema_arrow.field(field) if field in file.schema_arrow.names else None
-            if column is None or str(column.type) not in ("string", "large_string"):
-                found = ", ".join(f"{c.name} ({c.type})" for c in file.schema_arrow)
-                bad(f"{path}: no text column {field!r} among {found}")
-                return
-            for batch in file.iter_batches(batch_size=PARQUET_ROWS, columns=[field]):
-                for text in batch.column(0).to_pylist():
-                    row += 1
-                    if text is None:
-                        bad(f"{path}: row {row} has no text")
-                    else:
-                        yield text
-    except (OSError, ValueError) as error:  # pyarrow's own errors are of these two kinds
-        bad(f"{path}: damaged after row {row} ({error})")
-
-
-# A reader yields the documents of a file and calls bad(message) for what it has to leave out.
-READERS = {
-    ".txt": read_text, ".md": read_text, ".jsonl": read_jsonl, ".parquet": read_parquet,
-}  # fmt: skip
-READERS |= dict.fromkeys(
-    (".jsonl.gz", ".json.gz", ".jsonl.zst", ".jsonl.zstd"),
-    partial(read_jsonl, pieces=decompressed_pieces),
-)
-
-
-NEEDS = {".parquet": "pyarrow.parquet", ".zst": "zstandard", ".zstd": "zstandard"}
-
-
-def reader_of(path: Path):
-    """By the end of its name; None if no reader knows it."""
-    return next((read for end, read in READERS.items() if path.name.endswith(end)), None)
-
-
-def input_files(patterns: list[str]) -> list[Path]:
-    """The files behind the inputs, each once; `UserError` for an input that names none."""
-    files = {}
-    for pattern in patterns:
-        path = Path(pattern)
-        found = [path] if path.exists() else sorted(map(Path, glob.glob(pattern, recursive=True)))
-        if not found:
-            raise UserError(f"{pattern}: no such file, folder or pattern")
-        for item in found:
-            if item.is_dir():
-                inside = [p for p in sorted(item.rglob("*")) if reader_of(p) and p.is_file()]
-                if not inside:
-                    raise UserError(f"{item}: the folder holds no {', '.join(READERS)} file")
-                files |= {p.resolve(): p for p in inside}
-            elif reader_of(item):
-                files[item.resolve()] = item
-            else:
-                raise UserError(f"{item}: cannot read this type; expected {', '.join(READERS)}")
-    return list(files.values())
-
-
-def documents(files: list[Path], options, bad):
-    for path in files:
-        for text in reader_of(path)(path, options, bad):
-            if text.strip():
-                yield text
-
-
-def batches(texts):
-    """Lists of texts of bounded size, so that memory does not grow with the input."""
-    batch, chars = [], 0
-    for text in texts:
-        batch.append(text)
-        chars += len(text)
-        if chars >= BATCH_CHARS or len(batch) >= BATCH_DOCUMENTS:
-            yield batch
-            batch, chars = [], 0
-    if batch:
-        yield batch
+            for rows in reader_of(path)(path, options, row):
+                task.append((str(path), row, rows.content))
+                row, size = rows.last, size + rows.size
+                if size >= TASK_BYTES:
+                    yield task, Position(i, row, rows.at)
+                    task, size = [], 0
+        except Damaged as damage:
+            task.append((str(path), row, (damage.kind, str(damage))))
+        position = Position(i + 1, 0, 0)
+    if task:
+        yield task, position
 
 
 class Encoder:
-    """Tokenises batches; what a worker process keeps between tasks."""
+    """Makes tokens of tasks; what a worker process keeps between them."""
 
-    def __init__(self, spec: str, val_fraction: float, seed: int):
-        self.tokenizer = load_tokenizer(spec)
-        self.threshold = int(val_fraction * 2**64)
-        self.key = str(seed).encode()
+    def __init__(self, tokenizer: Tokenizer, options):
+        self.tokenizer, self.text_field = tokenizer, options.text_field
+        self.threshold = int(options.val_fraction * 2**64)
+        self.key = str(options.seed).encode()
 
     def split(self, text: str) -> str:
         data = text.encode("utf-8", "surrogatepass")
         digest = hashlib.blake2b(data, digest_size=8, key=self.key).digest()
         return "val" if int.from_bytes(digest, "little") < self.threshold else "train"
 
-    def __call__(self, texts: list[str]) -> list[tuple[str, int, list[int]]]:
-        """(split, characters, ids) of each text."""
-        encoded = self.tokenizer.encode_batch(texts)
-        triples = zip(texts, encoded, strict=True)
-        return [(self.split(text), len(text), ids) for text, ids in triples]
+    def __call__(self, task) -> Packed:
+        bad = []
+        texts = [text for text in self.texts(task, bad) if text and not text.isspace()]
+        splits = {split: [] for split in SPLITS}
+        for text, ids in zip(texts, self.tokenizer.encode_arrays(texts), strict=True):
+            splits[self.split(text)].append(ids)
+        packed = {split: pack_documents(ids, self.tokenizer) for split, ids in splits.items()}
+        return Packed(packed, sum(map(len, texts)), bad)
 
+    def texts(self, task, bad):
+        for path, row, content in task:
+            if isinstance(content, tuple):
+                bad.append(content)
+            elif isinstance(content, bytes):
+                yield from self.json_texts(path, row, content, bad)
+            else:
+                for number, text in enumerate(content, row + 1):
+                    if text is None:
+                        bad.append(("no text", f"{path}: row {number} has no text"))
+                    else:
+                        yield text
+
+    def json_texts(self, path, row, content, bad):
+        """The text field of each line; a line that has none is reported and left out."""
+        for number, line in enumerate(content.split(b"\n"), row + 1):
+            if not line.strip():
+                continue
+            try:
+                record = json.loads(line)
+            except (ValueError, RecursionError) as error:  # JSON or UTF-8; very deep lists
+                bad.append(("not JSON", f"{path}:{number}: not JSON ({error})"))
+                continue
+            text = record.get(self.text_field) if isinstance(record, dict) else None
+            if isinstance(text, str):
+                yield text
+            else:
+                bad.append(("no text", f"{path}:{number}: no text field {self.text_field!r}"))
+
+
+NOTHING = {"position": (0, 0, 0), "chars": 0, "bad": {}, "splits": {}}
 
 _worker: Encoder | None = None  # set once in each worker process, never in the parent
 
 
-def _start_worker(*args) -> None:
+def _start_worker(options, fast: bool) -> None:
     global _worker
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which ends us
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     # One process a core already: the tokenizers' own threads would only compete with them.
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    _worker = Encoder(*args)
+    tokenizer = load_tokenizer(options.tokenizer)
+    if fast:
+        tokenizer.speed_up(checked=True)
+    _worker = Encoder(tokenizer, options)
 
 
-def _work(texts: list[str]):
-    return _worker(texts)
+def _end_with_parent() -> None:
+    """A killed parent closes no pool, and its workers would wait for ever."""
+    multiprocessing.parent_process().join()
+    os._exit(1)
 
 
-def encode_all(texts, encoder_args: tuple, num_workers: int):
-    """Encoded documents in input order, with a bounded number of batches under way."""
-    if num_workers <= 1:
-        encoder = Encoder(*encoder_args)
-        for batch in batches(texts):
-            yield from encoder(batch)
+def _work(task) -> Packed:
+    return _worker(task)
+
+
+def encode_all(todo, tokenizer: Tokenizer, fast: bool, options):
+    """(packed, position after it) in input order, with a bounded number of tasks under way."""
+    if options.num_workers == 1:
+        encoder = Encoder(tokenizer, options)
+        for task, position in todo:
+            yield encoder(task), position
         return
     pool = ProcessPoolExecutor(
-        num_workers, get_context("spawn"), initializer=_start_worker, initargs=encoder_args
+        options.num_workers,
+        multiprocessing.get_context("spawn"),
+        initializer=_start_worker,
+        initargs=(options, fast),
     )
     with pool:
         pending = deque()
         try:
-            for batch in batches(texts):
-                pending.append(pool.submit(_work, batch))
-                if len(pending) >= 2 * num_workers:
-                    yield from pending.popleft().result()
-            while pending:
-                yield from pending.popleft().result()
+            for task, position in todo:
+                pending.append((pool.submit(_work, task), position))
+                if len(pending) >= 2 * options.num_workers:
+                    future, position = pending.popleft()
+                    yield future.result(), position
+            for future, position in pending:
+                yield future.result(), position
         finally:
             pool.shutdown(cancel_futures=True)
+
+
+class Display:
+    """Progress on stderr: one line that is rewritten on a terminal, else a line now and then."""
+
+    def __init__(self, total: int, done: int, tokens: int):
+        self.total, self.first = total, (done, tokens)
+        self.terminal = sys.stderr.isatty()
+        self.every = TERMINAL_SECONDS if self.terminal else LINE_SECONDS
+        self.start = self.shown = time.monotonic()
+
+    def update(self, done: int, tokens: int) -> None:
+        now = time.monotonic()
+        if now - self.shown < self.every:
+            return
+        self.shown, seconds = now, now - self.start
+        speed, pace = ((b - a) / seconds for a, b in zip(self.first, (done, tokens), strict=True))
+        left = timedelta(seconds=round((self.total - done) / speed)) if speed else "?"
+        self.say(
+            f"{done / 1e6:,.1f} of {self.total / 1e6:,.1f} MB, {speed / 1e6:,.1f} MB/s,"
+            f" {tokens:,} tokens, {pace:,.0f} tokens/s, {left} left",
+            end="" if self.terminal else "\n",
+        )
+
+    def say(self, message: str, end: str = "\n") -> None:
+        self.clear()
+        print(message, end=end, file=sys.stderr, flush=True)
+
+    def clear(self) -> None:
+        if self.terminal:
+            print(end="\r\x1b[K", file=sys.stderr, flush=True)
+
+
+def pick_tokenizer(options, input_bytes: int) -> tuple[Tokenizer, bool, str]:
+    """(tokenizer, whether it was sped up, why it was not)."""
+    tokenizer, want = load_tokenizer(options.tokenizer), options.fast_tokenizer
+    if want == "off" or (want == "auto" and input_bytes < FAST_BYTES):
+        return tokenizer, False, ""
+    try:
+        tokenizer.speed_up()
+    except ValueError as error:
+        if want == "on":
+            raise UserError(f"--fast_tokenizer on: impossible with this one; {error}") from None
+        return tokenizer, False, f" (slower than tiktoken, which cannot: {error})"
+    return tokenizer, True, ""
+
+
+def command_of(options, tokenizer: Tokenizer, files: list[Path], stats) -> dict:
+    """All that decides the content of the data set."""
+    names = ("val_fraction", "text_field", "split_paragraph_breaks", "shard_tokens", "seed")
+    command = {f"--{name}": getattr(options, name) for name in names}
+    command["--tokenizer"] = [options.tokenizer, tokenizer.hash, tokenizer.eos_token_id]
+    entries = zip(files, stats, strict=True)
+    command["files"] = [[str(path.resolve()), s.st_size, s.st_mtime_ns] for path, s in entries]
+    return command
 
 
 def prepare(options) -> dict:
@@ -274,56 +252,87 @@ def prepare(options) -> dict:
         if getattr(options, flag) < 1:
             raise UserError(f"--{flag} {getattr(options, flag)}: expected at least 1")
     files = input_files(options.inputs)
-    for path in files:
-        if path.suffix in NEEDS:
-            _package(NEEDS[path.suffix], path)
-    out = Path(options.out)
-    _check_out(out, options.overwrite)
-    tokenizer = load_tokenizer(options.tokenizer)
-    counts = Counter()
-
-    def bad(message: str) -> None:
-        counts["bad"] += 1
-        if counts["bad"] <= BAD_SHOWN:
-            print(f"left out: {message}", file=sys.stderr)
-
-    # Everything goes to a folder beside the target, which takes its place only when complete.
-    tmp = out.resolve().with_name(f".{out.resolve().name}.tmp-{os.getpid()}")
-    settings = {"shard_tokens": options.shard_tokens, "source": "scripts/prepare_data.py"}
-    encoder_args = (options.tokenizer, options.val_fraction, options.seed)
-    try:
-        with (
-            ShardWriter(tmp, "train", tokenizer, **settings) as train,
-            ShardWriter(tmp, "val", tokenizer, **settings) as val,
-        ):
-            writers = {"train": train, "val": val}
-            texts = documents(files, options, bad)
-            for split, chars, ids in encode_all(texts, encoder_args, options.num_workers):
-                writers[split].add(ids)
-                counts["chars"] += chars
-        if train.num_documents == 0:
+    file_stats = [path.stat() for path in files]
+    starts = np.cumsum([0, *(s.st_size for s in file_stats)]).tolist()
+    tokenizer, fast, why_not = pick_tokenizer(options, starts[-1])
+    command = command_of(options, tokenizer, files, file_stats)
+    work = Unfinished(Path(options.out), command, overwrite=options.overwrite)
+    before = work.progress or NOTHING
+    if not work.is_done():
+        try:
+            write(work, tokenizer, fast, files, starts, options)
+        except OSError as error:
             raise UserError(
-                f"no training document in {len(files)} files ({counts['bad']} left out as bad,"
-                f" {val.num_documents} held out); expected at least one"
+                f"{error.filename or work.folder}: {error.strerror or error}; when that is mended,"
+                " the same command goes on"
+            ) from error
+    work.finish()
+    file, _, at = before["position"]
+    return {
+        "files": len(files),
+        "bytes": starts[-1] - starts[file] - at,
+        "old_tokens": sum(state["tokens"] for state in before["splits"].values()),
+        "library": tokenizer.library + why_not,
+        **work.progress,
+    }
+
+
+def write(work: Unfinished, tokenizer, fast: bool, files, starts, options) -> None:
+    """From where `work` stands to the end of the inputs."""
+    settings = {"shard_tokens": options.shard_tokens, "source": "scripts/prepare_data.py"}
+    progress = work.progress or NOTHING
+    position = Position(*progress["position"])
+    chars, bad = progress["chars"], Counter(progress["bad"])
+    writers = {
+        split: ShardWriter(
+            work.data, split, tokenizer, resume=progress["splits"].get(split), **settings
+        )
+        for split in SPLITS
+    }
+
+    def save(done: bool = False) -> None:
+        states = {split: writer.save_state() for split, writer in writers.items()}
+        work.save(
+            {"position": position, "chars": chars, "bad": bad, "splits": states, "done": done}
+        )
+
+    def count(what: str) -> int:
+        return sum(getattr(writer, what) for writer in writers.values())
+
+    def read_bytes() -> int:
+        return starts[position.file] + position.at
+
+    display = Display(starts[-1], read_bytes(), count("num_tokens"))
+    if work.progress:
+        display.say(f"goes on after {read_bytes() / 1e6:,.1f} MB, in {work.folder}")
+    shards, saved = count("num_shards"), time.monotonic()
+    try:
+        todo = tasks(files, options, position)
+        for packed, after in encode_all(todo, tokenizer, fast, options):
+            for split, documents in packed.splits.items():
+                writers[split].add_packed(*documents)
+            position, chars = after, chars + packed.chars
+            for kind, message in packed.bad:
+                bad[kind] += 1
+                if bad.total() <= BAD_SHOWN:
+                    display.say(f"left out: {message}")
+            if count("num_shards") > shards or time.monotonic() - saved >= SAVE_SECONDS:
+                save()
+                shards, saved = count("num_shards"), time.monotonic()
+            display.update(read_bytes(), count("num_tokens"))
+        if writers["train"].num_documents == 0:
+            work.discard()
+            raise UserError(
+                f"no training document in {len(files)} files ({bad.total()} left out as bad,"
+                f" {writers['val'].num_documents} held out); expected at least one"
             )
-        if out.exists():
-            shutil.rmtree(out)
-        tmp.rename(out)
+        for split in ("val", "train"):
+            writers[split].close()
+        save(done=True)
     finally:
-        shutil.rmtree(tmp, ignore_errors=True)
-    sizes = {name: (w.num_documents, w.num_tokens) for name, w in writers.items()}
-    return {"files": len(files), "splits": sizes, **counts}
-
-
-def _check_out(out: Path, overwrite: bool) -> None:
-    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
-        return
-    if not overwrite:
-        raise UserError(f"--out {out}: exists and is not empty; choose another, or add --overwrite")
-    names = [p.name for p in out.iterdir()] if out.is_dir() else [out.name]
-    strange = [n for n in names if n != "meta.json" and not n.endswith((".bin", ".docs.npy"))]
-    if strange or "meta.json" not in names:
-        raise UserError(f"--out {out}: not only a data set; --overwrite would delete other files")
+        display.clear()
+        for writer in writers.values():
+            writer.abandon()
 
 
 class _Parser(argparse.ArgumentParser):
@@ -346,8 +355,14 @@ def parse(argv: list[str] | None):
     add("--split_paragraph_breaks", action="store_true", help="cut text files at 2+ blank lines")
     add("--num_workers", type=int, default=os.cpu_count() or 1, help="processes that tokenise")
     add("--shard_tokens", type=int, default=100_000_000, help="tokens of one shard, about")
+    add(
+        "--fast_tokenizer",
+        choices=["auto", "on", "off"],
+        default="auto",
+        help="run a tokenizer.json by tiktoken if that gives the same ids (auto: from 4 MB on)",
+    )
     add("--seed", type=int, default=0, help="another seed holds out other documents")
-    add("--overwrite", action="store_true", help="replace the data set at --out")
+    add("--overwrite", action="store_true", help="replace the data set at --out, or start over")
     return parser.parse_args(argv)
 
 
@@ -356,25 +371,46 @@ def main(argv: list[str] | None = None) -> int:
     try:
         options = parse(argv)
         stats = prepare(options)
-    except (UserError, OSError) as error:  # OSError: unreadable input, full disk
+    except (UserError, OSError) as error:  # OSError: unreadable input
         print(f"prepare_data.py: {error}", file=sys.stderr)
         return 2
-    seconds = time.perf_counter() - start
-    tokens = 0
-    for name, (count, size) in stats["splits"].items():
-        print(f"{name}: {count:,} documents, {size:,} tokens")
-        tokens += size
+    except BrokenProcessPool:
+        print(
+            "prepare_data.py: a worker process was killed (is memory short?); the same command"
+            " goes on, also with fewer --num_workers",
+            file=sys.stderr,
+        )
+        return 2
+    except KeyboardInterrupt:
+        print("prepare_data.py: stopped; the same command goes on", file=sys.stderr)
+        return 130
+    report(stats, options, time.perf_counter() - start)
+    return 0
+
+
+def report(stats: dict, options, seconds: float) -> None:
+    splits = stats["splits"]
+    for name, state in splits.items():
+        print(f"{name}: {state['documents']:,} documents, {state['tokens']:,} tokens")
+    documents = sum(state["documents"] for state in splits.values())
+    tokens = sum(state["tokens"] for state in splits.values())
+    kinds = ", ".join(f"{count:,} {kind}" for kind, count in stats["bad"].items())
     print(
         f"{stats['files']:,} files, {stats['chars'] / tokens:.2f} characters per token,"
-        f" {stats.get('bad', 0):,} left out, {tokens / seconds:,.0f} tokens/s -> {options.out}"
+        f" {splits['val']['documents'] / documents:.2%} of documents held out,"
+        f" {sum(stats['bad'].values()):,} left out" + (f" ({kinds})" if kinds else "")
     )
-    if stats["splits"]["val"][0] == 0 and options.val_fraction > 0:
+    print(
+        f"{stats['bytes'] / 1e6 / seconds:,.1f} MB/s of input,"
+        f" {(tokens - stats['old_tokens']) / seconds:,.0f} tokens/s by {stats['library']}"
+        f" -> {options.out}"
+    )
+    if splits["val"]["documents"] == 0 and options.val_fraction > 0:
         print(
             "warning: no document was held out, so there is nothing to evaluate on; raise"
             " --val_fraction, change --seed, or give more documents",
             file=sys.stderr,
         )
-    return 0
 
 
 if __name__ == "__main__":

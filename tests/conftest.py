@@ -30,7 +30,7 @@ def tiny_config(**changes):
 @pytest.fixture(scope="session")
 def tiny_data(tmp_path_factory) -> str:
     """A folder of byte-level shards: 60 training and 12 held-out documents."""
-    from shards import ShardWriter
+    from shard_writer import ShardWriter
     from tokenizer import load_tokenizer
 
     folder = tmp_path_factory.mktemp("data") / "tiny"

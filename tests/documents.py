@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from shards import ShardWriter
+from shard_writer import ShardWriter
 from tokenizer import load_tokenizer
 
 BYTE = load_tokenizer("byte")

@@ -8,7 +8,8 @@ import pytest
 
 import corpus
 from config import UserError
-from shards import ShardWriter, TokenDataset
+from shard_writer import ShardWriter
+from shards import TokenDataset
 from tokenizer import load_tokenizer
 
 BYTE = load_tokenizer("byte")

@@ -61,6 +61,18 @@ def test_links_and_files_exist():
         assert (ROOT / name).is_file(), name
 
 
+def test_promises_name_tests_that_exist():
+    """The last column of the tables of promises: `[file.py::]test_name`."""
+    named = 0
+    for page, default in (("docs/data.md", "test_prepare_data.py"),
+                          ("docs/checkpoints.md", "test_checkpoint.py")):  # fmt: skip
+        for file, name in re.findall(r"`(?:([\w/]+\.py)::)?(test_\w+)`", (ROOT / page).read_text()):
+            named += 1
+            text = (ROOT / "tests" / (file or default)).read_text()
+            assert f"def {name}(" in text, f"{page}: {file or default}::{name}"
+    assert named > 25
+
+
 def test_readme_names_every_module():
     text = (ROOT / "README.md").read_text()
     for path in ROOT.glob("*.py"):

@@ -20,7 +20,7 @@ from hf import save_model
 from hybrid_layers import convert_layers
 from prompts import IN_RUN, PROMPTS
 from recall import Question
-from shards import ShardWriter
+from shard_writer import ShardWriter
 from tokenizer import load_tokenizer
 
 SHAPE = dict(vocab_size=257, eos_token_id=256)

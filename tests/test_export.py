@@ -21,7 +21,7 @@ import hf_hybrids
 from config import ModelConfig, UserError
 from generate import generate
 from hf import load_model, read_config, save_model
-from shards import ShardWriter
+from shard_writer import ShardWriter
 from tokenizer import load_tokenizer
 
 transformers = pytest.importorskip("transformers")

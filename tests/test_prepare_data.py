@@ -2,16 +2,22 @@
 
 import gzip
 import importlib.util
+import io
 import json
 import random
+import re
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pyarrow.parquet
 import pytest
 import zstandard
+from test_tokenizer import TEXTS, make_folder
 
+from config import UserError
+from scripts import readers
 from shards import TokenDataset
 from tokenizer import load_tokenizer
 
@@ -124,7 +130,7 @@ COMPRESSED = ["a.jsonl.gz", "a.json.gz", "a.jsonl.zst", "a.jsonl.zstd"]
 
 @pytest.mark.parametrize("name", COMPRESSED)
 def test_compressed_lines(name, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(prepare_data, "READ_BYTES", 50)  # lines and frames end anywhere in a piece
+    monkeypatch.setattr(readers, "READ_BYTES", 50)  # lines and frames end anywhere in a piece
     documents = [f"document {i} \u00e9 " * (i % 7) for i in range(1, 90)]
     lines = "".join(json.dumps({"text": d, "url": "u" * 30}) + "\n" for d in documents).encode()
     path = tmp_path / "shard" / name
@@ -166,7 +172,7 @@ def write_parquet(path, **columns):
 
 def test_parquet(tmp_path, monkeypatch, capsys):
     """The text column of every row, in FineWeb's layout; rows without text are named."""
-    monkeypatch.setattr(prepare_data, "PARQUET_ROWS", 5)
+    monkeypatch.setattr(readers, "PARQUET_ROWS", 5)
     rows = [f"row {i} \u00e9" for i in range(40)]
     (tmp_path / "in").mkdir()
     write_parquet(tmp_path / "in" / "000.parquet", id=range(40), text=rows, score=[0.5] * 40)
@@ -251,10 +257,126 @@ def test_overwrite(tmp_path, capsys):
     assert texts(out, "train") == ["new"]
 
 
+def test_faults_in_the_inputs_are_one_line_each(tmp_path, capsys):
+    """What is no zstd, gzip or parquet file, empty ones, documents without text, JSON that is too
+    deep: named, and all the others are there."""
+    folder = tmp_path / "in"
+    folder.mkdir()
+    for name in ("a.jsonl.zst", "b.jsonl.gz", "c.parquet"):
+        (folder / f"bad_{name}").write_bytes(b"neither of them" * 9)
+        (folder / f"empty_{name}").touch()
+    (folder / "d.jsonl").touch()
+    (folder / "e.txt").touch()
+    write_jsonl(folder / "f.jsonl", ["", " \n", "good"])
+    (folder / "g.jsonl").write_text("[" * 200_000 + "\n" + json.dumps({"text": "last"}))
+    (folder / "h.md").write_bytes(b"\xff\xfe")
+    assert run(folder, "--out", tmp_path / "o", "--val_fraction", 0) == 0
+    captured = capsys.readouterr()
+    assert texts(tmp_path / "o", "train") == ["good", "last"]
+    lines = captured.err.splitlines()
+    assert len(lines) == 8 and all(line.startswith("left out: ") for line in lines)
+    for name, message in (
+        ("bad_a.jsonl.zst", "damaged ("),
+        ("bad_b.jsonl.gz", "damaged ("),
+        ("bad_c.parquet", "damaged after row 0 ("),
+        ("empty_a.jsonl.zst", "empty; at least one compressed frame expected"),
+        ("empty_b.jsonl.gz", "empty; at least one compressed frame expected"),
+        ("empty_c.parquet", "damaged after row 0 ("),
+        ("g.jsonl:1", "not JSON ("),
+        ("h.md", "not UTF-8 (invalid start byte at byte 0)"),
+    ):
+        assert sum(f"{name}: {message}" in line for line in lines) == 1, name
+    assert "8 left out (6 damaged, 1 not JSON, 1 not UTF-8)" in captured.out
+    nothing = [folder / "d.jsonl", folder / "e.txt", folder / "empty_a.jsonl.zst"]
+    line, _ = failure(capsys, *nothing, "--out", tmp_path / "n")
+    assert "no training document in 3 files (1 left out as bad, 0 held out)" in line
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["in", "o"]
+
+
+def test_a_huge_line_takes_time_in_proportion(tmp_path, monkeypatch):
+    """40,000 pieces, which copied one after another would be 400 GB."""
+    monkeypatch.setattr(readers, "READ_BYTES", 500)
+    huge = "word " * 4_000_000
+    path = write_jsonl(tmp_path / "a.jsonl", ["before", huge, "after"])
+    start = time.process_time()
+    assert run(path, "--out", tmp_path / "o", "--val_fraction", 0) == 0
+    assert time.process_time() - start < 20
+    data = TokenDataset.open(tmp_path / "o", "train", verify=True)
+    ends = [7, 7 + len(huge) + 1, 7 + len(huge) + 1 + 6]
+    assert data.doc_ends.tolist() == ends
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+def test_progress(tmp_path, monkeypatch, capsys):
+    """Plain lines where nobody looks, one line that is rewritten on a terminal."""
+    path = write_jsonl(tmp_path / "a.jsonl", [f"text {i} " * 50 for i in range(4000)])
+    with open(path, "a") as file:
+        file.write("not json\n")
+    monkeypatch.setattr(prepare_data, "LINE_SECONDS", 0.0)
+    assert run(path, "--out", tmp_path / "a") == 0
+    lines = capsys.readouterr().err.splitlines()
+    pattern = (
+        r"([\d.]+) of 2\.0 MB, ([\d.]+) MB/s, ([\d,]+) tokens, [\d,]+ tokens/s, 0:00:\d\d left"
+    )
+    found = [re.fullmatch(pattern, line) for line in lines]
+    shown = [float(match[1]) for match in found if match]
+    assert len(shown) >= 2 and shown == sorted(shown) and shown[-1] == 2.0
+    monkeypatch.setattr(sys, "stderr", terminal := Terminal())
+    monkeypatch.setattr(prepare_data, "TERMINAL_SECONDS", 0.0)
+    assert run(path, "--out", tmp_path / "b") == 0
+    first, *rest = terminal.getvalue().split("\r\x1b[K")
+    assert not first and re.match(pattern, rest[0]) and re.match(pattern, rest[-2])
+    assert sum("left out: " in line for line in rest) == 1 and rest[-1] == ""
+    assert {p.read_bytes() for p in (tmp_path / "a").glob("*.bin")} == {
+        p.read_bytes() for p in (tmp_path / "b").glob("*.bin")
+    }
+
+
+def test_fast_tokenizer_flag(tmp_path, monkeypatch, capsys):
+    """The same files either way, and the report says which way; `on` refuses what cannot be."""
+    path = write_jsonl(tmp_path / "a.jsonl", [*TEXTS, "some more text " * 40])
+    make_folder(tmp_path / "good")
+    make_folder(tmp_path / "odd")
+    spec = json.loads((tmp_path / "odd" / "tokenizer.json").read_text())
+    spec["normalizer"] = {"type": "NFKC"}
+    (tmp_path / "odd" / "tokenizer.json").write_text(json.dumps(spec))
+    made, reports = {}, {}
+
+    def prepared(name, flag):
+        args = [path, "--tokenizer", tmp_path / name, "--out", tmp_path / "o", "--overwrite"]
+        assert run(*args, "--val_fraction", 0, "--fast_tokenizer", flag) == 0
+        reports[name, flag] = capsys.readouterr().out
+        made[name, flag] = {p.name: p.read_bytes() for p in (tmp_path / "o").iterdir()}
+
+    for name, flag in (("good", "off"), ("good", "auto"), ("good", "on"), ("odd", "off")):
+        prepared(name, flag)
+    monkeypatch.setattr(prepare_data, "FAST_BYTES", 0)
+    prepared("good", "auto")
+    prepared("odd", "auto")
+    assert "tokens/s by tokenizers ->" in reports["good", "off"]
+    assert "tokens/s by tiktoken ->" in reports["good", "on"]
+    assert "tokens/s by tiktoken ->" in reports["good", "auto"]
+    assert "which cannot: its normalizer is NFKC)" in reports["odd", "auto"]
+    assert made["good", "off"] == made["good", "on"] == made["good", "auto"]
+    assert made["odd", "off"] == made["odd", "auto"]
+    line, _ = failure(
+        capsys, path, "--tokenizer", tmp_path / "odd", "--out", tmp_path / "x",
+        "--fast_tokenizer", "on",
+    )  # fmt: skip
+    assert "--fast_tokenizer on: impossible with this one; its normalizer is NFKC" in line
+    assert not (tmp_path / "x").exists()
+
+
 def test_nothing_held_out_is_said(tmp_path, capsys):
     path = write_jsonl(tmp_path / "a.jsonl", ["x"])
     assert run(path, "--out", tmp_path / "o", "--val_fraction", 1e-9) == 0
     assert "warning: no document was held out" in capsys.readouterr().err
+    with pytest.raises(UserError, match=r"its 'val' split holds no documents"):
+        TokenDataset.open(tmp_path / "o", "val")
 
 
 @pytest.mark.parametrize("flag", ["--help", "-h"])

@@ -215,7 +215,7 @@ def test_resume_refuses_changes(refused, tiny_teacher, tiny_data, tmp_path):
     assert "stages" in refused("train_kd", *again, "--align_lr=0.5")
     other = tmp_path / "other-data"
     shutil.copytree(tiny_data, other)
-    from shards import ShardWriter
+    from shard_writer import ShardWriter
     from tokenizer import load_tokenizer
 
     with ShardWriter(other, "train", load_tokenizer("byte"), overwrite=True) as writer:

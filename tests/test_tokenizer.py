@@ -69,6 +69,7 @@ def check_round_trip(tok):
         assert tok.eos_token_id not in ids
         assert all(0 <= i < tok.vocab_size for i in ids)
     assert tok.encode_batch(TEXTS) == [tok.encode(text) for text in TEXTS]
+    assert [ids.tolist() for ids in tok.encode_arrays(TEXTS)] == tok.encode_batch(TEXTS)
     assert tok.decode(tok.encode("lone \ud800 surrogate")) == "lone \ufffd surrogate"
     assert tok.encode_batch(["\ud800"]) == [tok.encode("\ud800")]
     assert len(bytes.fromhex(tok.hash)) == 8
@@ -91,6 +92,8 @@ def test_tiktoken(name, vocab, eos):
     assert (tok.name, tok.vocab_size, tok.eos_token_id) == (name, vocab, eos)
     assert tok.encode("<|endoftext|>", special_tokens=True) == [eos]
     assert tok.decode([*tok.encode("ab"), vocab + 5]) == "ab\ufffd"
+    wide = "a" + " " * 1_500_000 + "b"  # more white space than its regular expressions take
+    assert tok.decode(tok.encode(wide)) == wide
 
 
 def test_tiktoken_without_network(monkeypatch):
