@@ -7,12 +7,13 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from conftest import call_script, metric_rows, run_python
-from kit import tiny_model
+from kit import assert_close_rms, random_ids, tiny_model
 from test_runs import kd_flags, train_flags, weights
 from torch import nn
 
 from distributed import World, stop
-from fsdp import gathered, kept_whole, shard
+from fsdp import average_whole_gradients, gathered, kept_whole, shard
+from hybrid_layers import MIXERS
 from muon import Muon
 from muon_shards import Cut, is_sharded, local
 from optimizer import build_optimizer, clip_grad_norm, param_role
@@ -114,6 +115,42 @@ def model_in_pieces(rank: int, ranks: int, rendezvous: str) -> None:
 
 def test_what_is_cut_and_what_is_whole(tmp_path):
     mp.spawn(model_in_pieces, (2, str(tmp_path / "rendezvous")), nprocs=2)
+
+
+def mixers_in_pieces(rank: int, ranks: int, rendezvous: str) -> None:
+    """Every mixer in bfloat16: output and gradients of one batch are those of the whole model."""
+    torch.set_num_threads(1)
+    how = {"init_method": f"file://{rendezvous}", "rank": rank, "world_size": ranks}
+    dist.init_process_group("gloo", **how)
+    world = World(rank, ranks, torch.device("cpu"))
+    amp = lambda: torch.autocast("cpu", torch.bfloat16)  # noqa: E731
+    for name in [n for n in MIXERS if n != "sliding_window"]:
+        model = tiny_model("LF", dtype=torch.float32, mixer=[name])
+        found = []
+        for cut in (False, True):
+            if cut:
+                shard(model, world, dtype=torch.bfloat16, amp=amp)
+            model.zero_grad()
+            with amp():
+                out = model(random_ids(model, 1, 40))
+            out.float().square().mean().backward()
+            if cut:
+                average_whole_gradients(model.parameters(), world)
+            grads = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+            whole = {n: g.full_tensor() if is_sharded(g) else g for n, g in grads.items()}
+            found.append((out.detach().float(), {n: g.clone() for n, g in whole.items()}))
+        (out, grads), (mine, others) = found
+        assert_close_rms(mine, out, 2e-2, name)
+        assert grads.keys() == others.keys()
+        for n, g in grads.items():
+            if g.norm() > 1e-4:
+                assert_close_rms(others[n], g, 0.1, f"{name} {n}")
+    dist.barrier()
+    stop()
+
+
+def test_every_mixer_in_pieces(tmp_path):
+    mp.spawn(mixers_in_pieces, (2, str(tmp_path / "rendezvous")), nprocs=2)
 
 
 def assert_same_run(one, two, tolerance: float, steps: int) -> None:
