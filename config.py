@@ -179,7 +179,9 @@ class StageConfig(Recipe):
     repeat_rows: float = opt(
         0.0, "share of rows in which spans of their own text come again", low=0.0, high=1.0
     )
-    train: str = opt("all", "what is trained", choices=("all", "mixers"))
+    train: str = opt("all", "what is trained; feature_maps: those and the factors of "
+                     "hedgehog_window; lora: adapters alone",
+                     choices=("all", "mixers", "feature_maps", "lora"))  # fmt: skip
     loss: str = opt(
         "forward_kl", "distillation loss", choices=("forward_kl", "reverse_kl", "js", "mse")
     )
@@ -392,6 +394,10 @@ class DistillConfig(TrainConfig):
     calibrate_tokens: int = opt(
         2048, "training tokens that set decays, gates and output scales; 0 = off", low=0
     )
+    lora_rank: int = opt(8, "rank of the adapters of a stage that trains lora", low=1)
+    lora_alpha: float = opt(16.0, "adapters are scaled by alpha / rank", low=0.0)
+    lora_dropout: float = opt(0.0, "dropout of the adapters' input", low=0.0, high=0.99)
+    lora_targets: str = opt("q,k,v,o", "projections of attention that get adapters")
     transfer: Transfer = field(default_factory=Transfer, metadata={"group": "transfer"})
     search: Search = field(default_factory=Search, metadata={"group": "search"})
     stages: str = opt("align,distill", "stages to run, in order: align, distill, long")

@@ -179,6 +179,9 @@ def flops_per_token(
                    2 d vocab (through the head) + for every layer i >= c: 2 P_mlp + 2 P_o + 2 C
                    + 2 P_in if i > c (input gradients) + 2 (P_in + P_o) if i is converted (weight
                    gradients; a frozen weight has none). Below c there is no backward.
+      feature_maps, lora
+                   the same without any weight gradient, lora with c = 0: what adapters and feature
+                   maps take is left out.
     align          teacher forward up to the attention output of the last converted layer l,
                    sum_{i<l} (2 P + C)_i + (2 P_in + 2 P_o + C)_l, without head and l's MLP; then
                    for each converted student layer, whose input needs no gradient,
@@ -188,7 +191,7 @@ def flops_per_token(
     depth: the linear layers).
     """
     assert stage in ("pretrain", "align", "distill", "long"), stage
-    assert train in ("all", "mixers"), train
+    assert train in ("all", "mixers", "feature_maps", "lora"), train
     converted = _converted_layers(student, teacher)
     if stage == "align":
         assert teacher is not None and converted, "align needs a teacher and a converted layer"
@@ -196,14 +199,15 @@ def flops_per_token(
     total = forward_flops(student, seq_len)
     if train == "all":
         total *= 3
-    elif converted:
+    elif converted or train == "lora":
+        first = 0 if train == "lora" else converted[0]
         mlp = 3 * student.hidden_size * student.intermediate_size
         total += 2 * student.hidden_size * student.vocab_size
-        for i in range(converted[0], student.num_hidden_layers):
+        for i in range(first, student.num_hidden_layers):
             inner, out, core = _layer(student, i, seq_len)
             total += 2 * mlp + 2 * out + 2 * core
-            total += 2 * inner if i > converted[0] else 0
-            total += 2 * (inner + out) if i in converted else 0
+            total += 2 * inner if i > first else 0
+            total += 2 * (inner + out) if train == "mixers" and i in converted else 0
     if teacher is not None and stage != "pretrain":
         total += forward_flops(teacher, seq_len)
     return total

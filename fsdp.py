@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from config import DistillConfig, ModelConfig, TrainConfig, UserError, auto_share
 from distributed import World, sum_gradients
+from lora import LoRALinear
 from model import Transformer, is_fsdp
 from muon_shards import is_sharded
 from optimizer import param_role
@@ -125,7 +126,7 @@ def average_whole_gradients(params: Iterable[nn.Parameter], world: World) -> Non
 
 @torch.no_grad()
 def gathered(model: nn.Module, world: World) -> nn.Module | None:
-    """The whole model, on rank 0's CPU; None elsewhere. Collective."""
+    """The whole model, adapters merged, on rank 0's CPU; None elsewhere. Collective."""
     reshard(model)
     whole = None
     if world.is_main:
@@ -135,6 +136,9 @@ def gathered(model: nn.Module, world: World) -> nn.Module | None:
     into: dict[str, Tensor] = dict(whole.named_parameters()) if whole is not None else {}
     for name, p in model.named_parameters():
         full = p.full_tensor() if is_sharded(p) else p
-        if whole is not None:
+        if name in into:
             into[name].data = full.detach().to("cpu", copy=True)
+    for name, module in model.named_modules() if whole is not None else ():
+        if isinstance(module, LoRALinear):
+            into[f"{name}.weight"].data += module.delta().cpu()
     return whole

@@ -197,10 +197,10 @@ def copy_mixers(student: nn.Module, aligned: nn.Module, layers: list[int]) -> No
 
 
 def mixer_parameters(model: nn.Module, layers: list[int]) -> dict[str, nn.Parameter]:
-    """name -> parameter of the attention, linear or sliding, of `layers`."""
+    """name -> parameter of the attention, linear or sliding, of `layers`; no adapters."""
     kinds = ("self_attn", "linear_attn")
     wanted = tuple(f"layers.{i}.{kind}." for i in layers for kind in kinds)
-    return {n: p for n, p in model.named_parameters() if n.startswith(wanted)}
+    return {n: p for n, p in model.named_parameters() if n.startswith(wanted) and ".lora_" not in n}
 
 
 def cast_trunk(model: nn.Module, layers: list[int], dtype: torch.dtype) -> None:

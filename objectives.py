@@ -20,6 +20,7 @@ from evaluate import inputs
 from fsdp import average_whole_gradients
 from hybrid_layers import mixer_parameters
 from layers import SeqInfo
+from lora import lora_parameters
 from losses import align_loss, ce_head, kd_head, num_selected, select_tokens, token_losses
 from model import Transformer, is_fsdp
 from optimizer import clip_grad_norm
@@ -82,8 +83,10 @@ class HeadObjective:
     def __init__(self, student: Transformer, teacher: Transformer | None, stage: StageConfig,
                  world: World, layers: list[int], first: int = 0):  # fmt: skip
         self.world = world
-        self.mixers = mixer_parameters(student, layers).keys()
+        mixers = mixer_parameters(student, layers)
+        self.mixers = mixers.keys()
         self.params = {n: p for n, p in student.named_parameters() if p.requires_grad}
+        self.saved = self.params | mixers | lora_parameters(student)
         loss = HeadLoss(student, teacher, stage, first, unit_grad=world.size == 1)
         self.sharded = is_fsdp(student)
         self.module = loss if self.sharded else parallelize(loss, world)
@@ -134,9 +137,8 @@ class AlignObjective:
         keep: bool = False,
     ):
         self.student, self.teacher, self.layers, self.world = student, teacher, layers, world
-        self.params = {
-            n: p for n, p in mixer_parameters(student, layers).items() if p.requires_grad
-        }
+        self.saved = mixer_parameters(student, layers)  # what a checkpoint has to hold
+        self.params = {n: p for n, p in self.saved.items() if p.requires_grad}
         self.mixers = self.params.keys()
         self.held: dict[int, dict[int, tuple[Tensor, Tensor]]] | None = {} if keep else None
 

@@ -23,11 +23,15 @@ from hybrid_layers import (
     mixer_parameters,
 )
 from layers import Attention
+from lora import check_lora, is_lora
 from mixture import Mixture
 from model import Transformer
 from search import uniform_pattern
 from tokenizer import load_tokenizer
 from trainer import Run, check_run_folder
+
+# What of a mixer a stage with train=feature_maps trains (LoLCATs, arXiv 2410.10254).
+FEATURE_PARTS = {"feature_map_q", "feature_map_k", "window_factors"}
 
 
 def mixer_shape(cfg: DistillConfig) -> dict:
@@ -91,7 +95,7 @@ def preflight(cfg: DistillConfig) -> tuple[list[int], str, ModelConfig, bool]:
         if not layers:
             raise UserError("--layers: none found, align needs at least one converted layer")
     for name in cfg.stage_names():
-        if not layers and getattr(cfg, name).train == "mixers":
+        if not layers and getattr(cfg, name).train in ("mixers", "feature_maps"):
             raise UserError(f"--layers: none found, but {name} trains mixers (--{name}_train)")
         if cfg.trunk_dtype == "bfloat16" and getattr(cfg, name).use_muon:
             raise UserError(
@@ -112,6 +116,7 @@ def preflight(cfg: DistillConfig) -> tuple[list[int], str, ModelConfig, bool]:
                 f"--{flag}: tokenizer {t.name} ({t.hash}) found, the teacher's {mine.name} "
                 f"({mine.hash}) expected"
             )
+    check_lora(cfg)
     check_run_folder(cfg)
     return layers, spec, source, convert
 
@@ -138,13 +143,13 @@ def build_models(
 ) -> tuple[Transformer, Transformer, Transformer, bool]:  # fmt: skip
     """(teacher, source, student, shared): the frozen teacher in the compute type, the model whose
     layers were converted (the teacher, or --student as it was), and the student, whose trunk is
-    the teacher's own where only mixers train, else a copy in --trunk_dtype. fsdp: never the
+    the teacher's own where it stays frozen, else a copy in --trunk_dtype. fsdp: never the
     teacher's own, as FSDP2 gathers each model by itself."""
     teacher = load_model(cfg.teacher, dtype=dtype, device=world.device)
     teacher.eval().requires_grad_(False)
     stages = [getattr(cfg, name) for name in cfg.stage_names()]
-    only_mixers = all(s.train == "mixers" for s in stages)
-    shared = not cfg.student and only_mixers and cfg.share_trunk == "auto" and not fsdp
+    frozen = all(s.train != "all" for s in stages)
+    shared = not cfg.student and frozen and cfg.share_trunk == "auto" and not fsdp
     source = teacher
     if not cfg.student:
         student = convert_layers(
@@ -194,5 +199,11 @@ def calibrate(
 def set_trainable(student: Transformer, stage: StageConfig, layers: list[int]) -> None:
     """Which parameters the stage trains."""
     mixers = mixer_parameters(student, layers)
+    parts = {
+        "all": lambda name: True, "mixers": lambda name: name in mixers, "lora": is_lora,
+        "feature_maps": lambda name: name in mixers and bool(FEATURE_PARTS & set(name.split("."))),
+    }  # fmt: skip
     for name, p in student.named_parameters():
-        p.requires_grad_(stage.train == "all" or name in mixers)
+        p.requires_grad_(parts[stage.train](name))
+    if not any(p.requires_grad for p in student.parameters()):
+        raise UserError(f"--stages: a stage trains {stage.train} found, but no layer has any")

@@ -41,6 +41,8 @@ from hybrid_layers import (
     use_kernels,
 )
 from layers import attention_kernel
+from lora import FLAGS as LORA_FLAGS
+from lora import add_lora, lora_parameters, merge_lora, wants_lora
 from mixture import Mixture, rows_line
 from model import Transformer, is_fsdp
 from objectives import AlignObjective, HeadObjective
@@ -166,6 +168,10 @@ def distil(cfg: DistillConfig, argv: list[str]) -> None:
         # The fits round differently on different devices, and align has no DDP to level that.
         broadcast(mixer_parameters(student, layers).values(), world)
     del source
+    adapters = wants_lora(cfg)
+    if adapters:
+        add_lora(student, cfg)
+        say_adapters(run, student)
     if cfg.dry_run:
         run.logger.say("dry run: nothing trained")
         finish(run)
@@ -184,7 +190,7 @@ def distil(cfg: DistillConfig, argv: list[str]) -> None:
         val_data, seq_len=seq_len, max_tokens=cfg.eval_tokens, doc_mask=cfg.doc_mask,
         micro_batch=eval_rows(seq_len, world.device),
     )  # fmt: skip
-    first = min(layers) if shared else 0
+    first = min(layers) if shared and not adapters else 0
     evaluator = Evaluator(held_out, teacher, amp=run.amp, first=first, world=world)
     if not table.has("teacher"):
         table.add("teacher", evaluator(teacher))
@@ -208,6 +214,8 @@ def distil(cfg: DistillConfig, argv: list[str]) -> None:
         restore_layers(student, teacher, [i for i in layers if i not in chosen])
         if cfg.trunk_dtype != "float32" and not shared:
             cast_trunk(student, chosen, DTYPES[cfg.trunk_dtype])
+        if adapters:  # on the layers that are softmax again
+            add_lora(student, cfg)
         if compile_wanted(cfg, world):
             compile_blocks(student)
         run.logger.say(f"layers: {student.config.layer_map()}  ({len(chosen)} linear)")
@@ -273,6 +281,14 @@ def select(run, share, student, teacher, layers, train_data, val_data, tokenizer
     return found
 
 
+def search_identity(cfg: DistillConfig) -> dict:
+    """The settings of the search; without what older checkpoints lack where it plays no part."""
+    found = dataclasses.asdict(cfg.search) | {"layers": cfg.layers}
+    if cfg.search.scorer != "window":
+        del found["window"]
+    return found
+
+
 def run_identity(cfg, layers, convert, plans: list[StagePlan], data: Mixture, dtype) -> dict:
     """What a continuation must have in common with the run it continues."""
     stages = {plan.name: plan.stage.identity() for plan in plans}
@@ -280,8 +296,9 @@ def run_identity(cfg, layers, convert, plans: list[StagePlan], data: Mixture, dt
         "script": "train_kd", "teacher": fingerprint(cfg.teacher),
         "student": fingerprint(cfg.student) if cfg.student else "", "layers": layers,
         **({"mixer": cfg.mixer, **mixer_shape(cfg)} if convert else {}),
-        **({"search": dataclasses.asdict(cfg.search) | {"layers": cfg.layers}}
-           if convert and auto_share(cfg.layers) is not None else {}),
+        **({"search": search_identity(cfg)} if convert and auto_share(cfg.layers) is not None
+           else {}),
+        **({name: getattr(cfg, name) for name in LORA_FLAGS} if wants_lora(cfg) else {}),
         "aligned": fingerprint(cfg.aligned) if cfg.aligned else "", **data.identity(),
         "seed": cfg.seed, "dtype": str(dtype), "trunk_dtype": cfg.trunk_dtype,
         "teacher_float8": cfg.teacher_float8, "doc_mask": cfg.doc_mask,
@@ -324,6 +341,15 @@ def describe(
         say(f"{plan.name}: {rows_line(train_data, s.seq_len, rows)}")
 
 
+def say_adapters(run, student: Transformer) -> None:
+    found, cfg = lora_parameters(student), run.cfg
+    count = sum(p.numel() for p in found.values())
+    run.logger.say(
+        f"lora: {len(found) // 2} adapters of rank {cfg.lora_rank} on {cfg.lora_targets}, "
+        f"{count:,} parameters"
+    )
+
+
 def conclude(run, cfg, table, samples, student, spec) -> None:
     """The table, the samples, the saved student."""
     run.logger.table("held-out documents", table.rows)
@@ -332,6 +358,8 @@ def conclude(run, cfg, table, samples, student, spec) -> None:
         run.logger.table("completions" if cfg.sample_temperature else "greedy completions", rows)
     if is_fsdp(student) and cfg.save_model:
         student = gathered(student, run.world)
+    elif cfg.save_model:
+        merge_lora(student)
     if run.world.is_main and cfg.save_model:
         folder = run.folder / "model"
         kind = save_model(student, folder, tokenizer_from=spec)

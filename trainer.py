@@ -246,7 +246,7 @@ def save_step(run: Run, plan: StagePlan, step: int, objective, optimizer, loader
     """Write a checkpoint of the stage after `step` of its steps."""
     if not run.cfg.save_model:
         return
-    tensors = {f"model.{n}": p.detach() for n, p in objective.params.items()}
+    tensors = {f"model.{n}": p.detach() for n, p in objective.saved.items()}
     tensors |= optimizer.state_tensors()
     done = sorted(run.done | ({plan.name} if step == plan.steps else set()))
     state = {

@@ -1,0 +1,161 @@
+"""Adapters: at the start nothing, merged the same, trained alone; feature maps alone."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from conftest import call_script, metric_rows, run_python
+from kit import assert_close_rms, random_ids, tiny_model
+from test_runs import kd_flags, weights
+from torch import nn
+
+from checkpoint import tensor_names
+from config import DistillConfig
+from lora import LoRALinear, add_lora, is_lora, lora_parameters, merge_lora
+from optimizer import param_role
+
+
+def adapted(model, **changes):
+    """A copy with adapters that are not zero."""
+    cfg = DistillConfig(**{"lora_rank": 3, "lora_alpha": 6.0, **changes})
+    model = copy.deepcopy(model)
+    add_lora(model, cfg)
+    return model
+
+
+def shaken(model):
+    draw = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for name, p in lora_parameters(model).items():
+            if name.endswith("lora_B"):
+                p.copy_(torch.randn(p.shape, generator=draw) * 0.3)
+    return model
+
+
+@pytest.mark.parametrize("targets, count", [("q,k,v,o", 12), ("q,v", 6), ("o", 3)])
+def test_a_fresh_adapter_changes_nothing(targets, count):
+    model = tiny_model("FSL", dtype=torch.float32)
+    ids, names = random_ids(model, 2, 19), {n for n, _ in model.named_parameters()}
+    new = adapted(model, lora_targets=targets)
+    assert new(ids).equal(model(ids))
+    found = lora_parameters(new)
+    assert len(found) == 2 * count and {n for n, _ in new.named_parameters()} == names | set(found)
+    assert all(param_role(n, p) == "no_decay" for n, p in found.items())
+    again = adapted(model, lora_targets=targets)
+    assert all(p.equal(found[n]) for n, p in lora_parameters(again).items())
+    other = adapted(model, lora_targets=targets, seed=1)
+    assert not any(
+        p.equal(found[n]) for n, p in lora_parameters(other).items() if n.endswith("lora_A")
+    )
+
+
+def test_it_is_what_the_paper_says():
+    linear = nn.Linear(5, 7)
+    lora = LoRALinear(linear, 2, 6.0, 0.0, 0)
+    nn.init.normal_(lora.lora_B)
+    x = torch.randn(3, 5)
+    want = x @ (linear.weight + 3.0 * lora.lora_B @ lora.lora_A).T + linear.bias
+    torch.testing.assert_close(lora(x), want)
+
+
+def test_merged_is_the_same_and_leaves_a_shared_weight_alone():
+    model = tiny_model("FSL", dtype=torch.float32)
+    before = {n: p.clone() for n, p in model.named_parameters()}
+    new = shaken(adapted(model))
+    new.layers[0].self_attn.q_proj.weight = model.layers[0].self_attn.q_proj.weight
+    ids = random_ids(model, 2, 19)
+    unmerged = new(ids)
+    assert (unmerged - model(ids)).abs().max() > 0.1
+    merge_lora(new)
+    assert_close_rms(new(ids), unmerged, 1e-5)
+    assert {n for n, _ in new.named_parameters()} == set(before) and not lora_parameters(new)
+    assert all(p.equal(before[n]) for n, p in model.named_parameters())
+
+
+def test_dropout_is_for_training_only():
+    new = shaken(adapted(tiny_model("FL", dtype=torch.float32), lora_dropout=0.5)).train()
+    ids = random_ids(new, 2, 19)
+    assert not new(ids).equal(new(ids))
+    with torch.no_grad():
+        assert new(ids).equal(new(ids))
+
+
+LORA = ("--distill_train=lora", "--lora_rank=4", "--distill_lr=1e-2")
+
+
+def test_a_stage_trains_adapters_alone(tiny_teacher, tiny_data, tmp_path, capsys):
+    often = ("--save_every=10", "--keep_checkpoints=9")
+    call_script("train_kd", *kd_flags(tiny_teacher, tiny_data, tmp_path, "a", *LORA, *often))
+    out = capsys.readouterr().out
+    assert "lora: 16 adapters of rank 4 on q,k,v,o" in out
+    only = ("--stages=align",)
+    call_script("train_kd", *kd_flags(tiny_teacher, tiny_data, tmp_path, "align", *only))
+    aligned, done = weights(tmp_path / "align" / "model"), weights(tmp_path / "a" / "model")
+    targets = ("q_proj.weight", "k_proj.weight", "v_proj.weight", "o_proj.weight")
+    for name, p in done.items():  # the saved student has no adapters, but what they came to
+        assert p.equal(aligned[name]) != name.endswith(targets), name
+    kl = metric_rows(tmp_path / "a", "kl")
+    assert sum(list(kl.values())[-5:]) < sum(list(kl.values())[:5])
+
+    inside = tmp_path / "a" / "checkpoints" / "step-40"
+    names = tensor_names(inside)
+    state = {n.removeprefix("optim.").rpartition(".")[0] for n in names if n.startswith("optim.")}
+    assert state and all(map(is_lora, state))
+    kept = {n for n in names if n.startswith("model.")}
+    assert all(".linear_attn." in n or is_lora(n) for n in kept)
+    again = kd_flags(tiny_teacher, tiny_data, tmp_path, "b", *LORA, *often, f"--resume={inside}")
+    call_script("train_kd", *again)
+    resumed = weights(tmp_path / "b" / "model")
+    assert all(p.equal(resumed[name]) for name, p in done.items())
+
+
+def test_feature_maps_alone(tiny_teacher, tiny_data, tmp_path):
+    """LoLCATs' first stage; resumed inside it the rest of the mixer is as calibrated."""
+    more = ("--mixer=hedgehog_window", "--align_train=feature_maps", "--stages=align",
+            "--linear_window=8", "--save_every=10", "--keep_checkpoints=9")  # fmt: skip
+    for name, rest in (("a", ()), ("start", ("--align_lr=0",))):
+        flags = kd_flags(tiny_teacher, tiny_data, tmp_path, name, *more, *rest)
+        call_script("train_kd", *flags)
+    start, done = weights(tmp_path / "start" / "model"), weights(tmp_path / "a" / "model")
+    for name, p in done.items():
+        part = name.split(".")[-2 if name.endswith(".weight") else -1]
+        assert p.equal(start[name]) != (part in ("feature_map_q", "feature_map_k",
+                                                 "window_factors")), name  # fmt: skip
+    at = f"--resume={tmp_path / 'a' / 'checkpoints' / 'step-10'}"
+    call_script("train_kd", *kd_flags(tiny_teacher, tiny_data, tmp_path, "b", *more, at))
+    resumed = weights(tmp_path / "b" / "model")
+    assert all(p.equal(resumed[name]) for name, p in done.items())
+
+
+def test_with_a_search(tiny_teacher, tiny_data, tmp_path):
+    """Layers that are softmax again get adapters too."""
+    more = (*LORA, "--layers=auto:0.5", "--search_tokens=512", "--search_seq_len=64",
+            "--search_recall_samples=0")  # fmt: skip
+    call_script("train_kd", *kd_flags(tiny_teacher, tiny_data, tmp_path, "a", *more))
+    theirs, mine = weights(tiny_teacher), weights(tmp_path / "a" / "model")
+    soft = [n for n in mine if ".self_attn.q_proj" in n]
+    assert len(soft) == 2 and not any(mine[n].equal(theirs[n]) for n in soft)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_on_two_ranks_it_is_the_same(parallel, tiny_teacher, tiny_data, tmp_path):
+    flags = {n: kd_flags(tiny_teacher, tiny_data, tmp_path, n, *LORA) for n in ("one", "two")}
+    call_script("train_kd", *flags["one"])
+    run_python("train_kd.py", *flags["two"], f"--parallel={parallel}", ranks=2)
+    one, two = (metric_rows(tmp_path / n) for n in ("one", "two"))
+    assert list(two.values()) == pytest.approx(list(one.values()), rel=1e-4)
+    mine, theirs = (weights(tmp_path / n / "model") for n in ("two", "one"))
+    for name, p in theirs.items():
+        assert_close_rms(mine[name], p, 1e-4, name)
+
+
+def test_wrong_flags_are_refused(tiny_teacher, tiny_data, tmp_path, refused):
+    flags = kd_flags(tiny_teacher, tiny_data, tmp_path, "x")
+    assert "--lora_targets: q,z found" in refused("train_kd", *flags, *LORA, "--lora_targets=q,z")
+    assert "--align_train: lora" in refused("train_kd", *flags, "--align_train=lora")
+    dropout = ("--lora_dropout=0.1", "--activation_checkpointing=full")
+    assert "--lora_dropout" in refused("train_kd", *flags, *LORA, *dropout)
+    assert "feature_maps" in refused("train_kd", *flags, "--align_train=feature_maps")
