@@ -142,6 +142,7 @@ def pretrain(cfg: PretrainConfig, argv: list[str]) -> None:
         "script": "train", "model": model.config.__dict__,
         "stage": stage.identity(),
         **({"reference": fingerprint(cfg.reference)} if cfg.reference else {}),
+        **({"reference_tokenizer": retokenizer.tokenizer.hash} if retokenizer else {}),
         "seed": cfg.seed, "dtype": str(dtype), "doc_mask": cfg.doc_mask, **train_data.identity(),
     }  # fmt: skip
     run = open_run(cfg, argv, world, identity, script="train", dtype=dtype, stages=["pretrain"])
@@ -166,7 +167,7 @@ def pretrain(cfg: PretrainConfig, argv: list[str]) -> None:
     set_recompute(model, cfg.activation_checkpointing)
     if compile_wanted(cfg, world):
         compile_blocks(model, hooks=fsdp)
-        if reference is not None and retokenizer is None:  # else no two of its batches are alike
+        if reference is not None and retokenizer is None:  # else of any length
             compile_blocks(reference)
     if fsdp:
         shard(model, world, dtype=dtype, shard_ranks=cfg.shard_ranks, amp=run.amp)

@@ -353,7 +353,7 @@ def unicode_data(learned, tmp_path_factory):
     return folders
 
 
-def test_a_run_resumes_and_splits_over_ranks(reference, unicode_data, tmp_path, capsys):
+def test_a_run_resumes_and_splits_over_ranks(reference, unicode_data, tmp_path, capsys, refused):
     """A byte-level student by a reference with a tokenizer.json."""
     more = ["--select_tokens=0.5", f"--reference={reference}", "--doc_mask=True"]
     flags = lambda run, *m: train_flags(  # noqa: E731
@@ -374,6 +374,13 @@ def test_a_run_resumes_and_splits_over_ranks(reference, unicode_data, tmp_path, 
     assert metric_rows(tmp_path / "cut") == expected
     a, b = (dict(load_model(tmp_path / run / "model").state_dict()) for run in ("whole", "cut"))
     assert all(torch.equal(a[n], b[n]) for n in a)
+    other = tmp_path / "other"
+    shutil.copytree(reference, other)
+    raw = json.loads((other / "tokenizer.json").read_text())
+    raw["pre_tokenizer"]["use_regex"] = False
+    (other / "tokenizer.json").write_text(json.dumps(raw))
+    again = flags("cut", "--resume=auto", f"--reference={other}")
+    assert "reference_tokenizer" in refused("train", *again)
     run_python("train.py", *flags("two"), ranks=2)
     assert relative(expected, metric_rows(tmp_path / "two")) <= 1e-5
     call_script("train", *flags("off", "--select_tokens=1", "--reference="))
