@@ -358,7 +358,9 @@ class PretrainConfig(TrainConfig, Recipe):
     linear_feature_map: str = opt("elu", "of the mixer linear_attention", choices=FEATURE_MAPS)
     linear_window: int = opt(64, "window of hedgehog_window and sliding_window, tokens", low=1)
     batch_size: int = opt(8, "rows per micro-batch and rank", low=1)
-    reference: str = opt("", "model that --select_tokens compares with")
+    reference: str = opt(
+        "", "model that --select_tokens compares with, of any byte-level tokenizer"
+    )
 
     def stage(self, rows_in_data: int) -> StageConfig:
         """The whole run as one stage, given the number of rows one epoch has."""

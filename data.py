@@ -52,19 +52,51 @@ class Batch:
     num_valid: int  # labels that are not -100
     sample_ids: list[int]  # the R row numbers
     row_valid: list[int] = field(default_factory=list)  # num_valid, row by row
+    retokenized: Retokenized | None = None  # see retokenize.py
 
     def to(self, device) -> Batch:
         device = torch.device(device)
-        moved = {}
-        for one in fields(self):
-            value = getattr(self, one.name)
-            if isinstance(value, torch.Tensor):
-                if device.type == "cuda":
-                    value = value.pin_memory()  # only a pinned copy overlaps with compute
-                moved[one.name] = value.to(device, non_blocking=True)
+        moved = on_device(self, device)
         if self.cu_seqlens is not None and device.type == "cuda" != self.cu_seqlens.device.type:
             remember(moved["cu_seqlens"], self.cu_seqlens)
         return replace(self, **moved)
+
+
+@dataclass
+class Retokenized:
+    """A Batch's text as another tokenizer's tokens [1, M], and how a loss of each of these is one
+    of the Batch's N labels: label target[i] gets share[i] of the loss of label source[i]."""
+
+    batch: Batch
+    known: torch.Tensor  # bool [N]: labels whose every byte has a loss
+    source: torch.Tensor  # int64 [P], in 0 .. M - 1
+    target: torch.Tensor  # int64 [P], in 0 .. N - 1, increasing
+    share: torch.Tensor  # float32 [P]
+
+    def to(self, device) -> Retokenized:
+        return replace(self, **on_device(self, torch.device(device)))
+
+
+def on_device(data: Batch | Retokenized, device: torch.device) -> dict:
+    """The fields that have a device, moved there."""
+    moved = {}
+    for one in fields(data):
+        value = getattr(data, one.name)
+        if isinstance(value, torch.Tensor):
+            if device.type == "cuda":
+                value = value.pin_memory()  # only a pinned copy overlaps with compute
+            moved[one.name] = value.to(device, non_blocking=True)
+        elif isinstance(value, Batch | Retokenized):
+            moved[one.name] = value.to(device)
+    return moved
+
+
+def padded_bounds(begin: np.ndarray, total: int) -> torch.Tensor:
+    """cu_seqlens of documents that begin there. Few distinct lengths, so that a compiled graph is
+    reused; the extra entries are empty."""
+    bounds = np.full(max(16, 1 << len(begin).bit_length()), total, dtype=np.int32)
+    bounds[: len(begin)] = begin
+    return torch.from_numpy(bounds)
 
 
 def repeat_spans(tokens: np.ndarray, rng: np.random.Generator) -> np.ndarray:
@@ -115,11 +147,7 @@ def pack(source: Rows, rows, doc_mask: bool, repeat: float = 0.0, seed: int = 0)
         total = count * seq_len
         begin = np.sort(np.concatenate(starts))
         positions = np.arange(total) - np.repeat(begin, np.diff(np.append(begin, total)))
-        # Few distinct lengths, so that a compiled graph is reused; the extra entries are empty.
-        bucket = max(16, 1 << len(begin).bit_length())
-        cu_seqlens = np.full(bucket, total, dtype=np.int32)
-        cu_seqlens[: len(begin)] = begin
-        shape = (1, total)
+        cu_seqlens, shape = padded_bounds(begin, total), (1, total)
     else:
         positions = np.tile(np.arange(seq_len), count)
         cu_seqlens, shape = None, (count, seq_len)
@@ -127,7 +155,7 @@ def pack(source: Rows, rows, doc_mask: bool, repeat: float = 0.0, seed: int = 0)
         input_ids=torch.from_numpy(tokens[:, :-1].copy().reshape(shape)),
         labels=torch.from_numpy(labels.reshape(shape)),
         position_ids=torch.from_numpy(positions.reshape(shape)),
-        cu_seqlens=None if cu_seqlens is None else torch.from_numpy(cu_seqlens),
+        cu_seqlens=cu_seqlens,
         max_seqlen=seq_len,
         num_valid=int(valid.sum()),
         sample_ids=[int(row) for row in rows],
@@ -228,7 +256,9 @@ class PackedLoader:
         if self._select is not None:
             rows = self._select[rows]
         rows = rows[self.rank :: self.world_size].reshape(-1, self.micro_batch)
-        return [pack(self.source, micro, self.doc_mask, self.repeat, self.seed) for micro in rows]
+        how, also = (self.doc_mask, self.repeat, self.seed), self.dataset.retokenize
+        batches = (pack(self.source, micro, *how) for micro in rows)
+        return list(map(also, batches) if also else batches)
 
     def _fill(self, ready: queue.Queue, stop: threading.Event, first: int) -> None:
         item = None

@@ -12,7 +12,13 @@ import torch
 from torch import Tensor
 
 from ops.kd_head import IGNORE_INDEX, LOSSES, HeadOutput, ce_head, kd_head
-from ops.token_select import num_selected, select_tokens, token_losses
+from ops.token_select import (
+    excess_loss,
+    num_selected,
+    select_tokens,
+    spread_over_bytes,
+    token_losses,
+)
 
 __all__ = [
     "IGNORE_INDEX",
@@ -20,10 +26,12 @@ __all__ = [
     "HeadOutput",
     "align_loss",
     "ce_head",
+    "excess_loss",
     "kd_head",
     "num_selected",
     "relative_error",
     "select_tokens",
+    "spread_over_bytes",
     "token_losses",
 ]
 

@@ -21,7 +21,16 @@ from fsdp import average_whole_gradients
 from hybrid_layers import mixer_parameters
 from layers import SeqInfo
 from lora import lora_parameters
-from losses import align_loss, ce_head, kd_head, num_selected, select_tokens, token_losses
+from losses import (
+    align_loss,
+    ce_head,
+    excess_loss,
+    kd_head,
+    num_selected,
+    select_tokens,
+    spread_over_bytes,
+    token_losses,
+)
 from model import Transformer, is_fsdp
 from optimizer import clip_grad_norm
 
@@ -39,8 +48,10 @@ class HeadLoss(nn.Module):
     def forward(self, batch: Batch, normalizer: Tensor):
         stage, teacher = self.stage, self._teacher[0]
         distil, select = teacher is not None and stage.kd_weight > 0, stage.select_tokens < 1
-        start, labels = {}, batch.labels
-        if distil or select:
+        start, labels, t_hidden, theirs = {}, batch.labels, None, None
+        if select and batch.retokenized is not None:
+            theirs = self._losses_of_another_tokenizer(batch)
+        elif distil or select:
             with torch.no_grad():
                 t_hidden = teacher(**inputs(batch), keep=self.first or None)
             if self.first:
@@ -48,8 +59,10 @@ class HeadLoss(nn.Module):
                 start = {"hidden": kept, "first": self.first}
         hidden, weight = self.student(**inputs(batch), **start), self.student.head_weight
         if select:
-            at = self._selected(batch, hidden, t_hidden)
-            hidden, t_hidden = (h.flatten(0, -2).index_select(0, at) for h in (hidden, t_hidden))
+            at = self._selected(batch, hidden, t_hidden, theirs)
+            hidden = hidden.flatten(0, -2).index_select(0, at)
+            if distil:
+                t_hidden = t_hidden.flatten(0, -2).index_select(0, at)
             labels = labels.flatten()[at]
         if not distil:
             return ce_head(hidden, weight, labels, normalizer=normalizer, unit_grad=self.unit_grad)
@@ -60,16 +73,32 @@ class HeadLoss(nn.Module):
             unit_grad=self.unit_grad,
         )  # fmt: skip
 
-    def _selected(self, batch: Batch, hidden: Tensor, t_hidden: Tensor) -> Tensor:
-        """Positions of the tokens that take part (ops/token_select.py)."""
-        weights = self.student.head_weight, self._teacher[0].head_weight
-        vocab, share = min(map(len, weights)), self.stage.select_tokens
-        mine, theirs = (
-            token_losses(h, w, batch.labels, vocab=vocab)
-            for h, w in zip((hidden, t_hidden), weights, strict=True)
-        )
+    def _selected(
+        self, batch: Batch, hidden: Tensor, t_hidden: Tensor | None, theirs: Tensor | None
+    ) -> Tensor:
+        """Positions of the tokens that take part (ops/token_select.py). theirs [N]: what the
+        teacher loses on each, where its tokenizer is another; else its t_hidden tells."""
+        weight, share = self.student.head_weight, self.stage.select_tokens
+        if theirs is not None:
+            mine = token_losses(hidden, weight, batch.labels)
+            excess = excess_loss(mine, theirs, batch.retokenized.known)
+        else:
+            t_weight = self._teacher[0].head_weight
+            vocab = min(len(weight), len(t_weight))
+            mine = token_losses(hidden, weight, batch.labels, vocab=vocab)
+            excess = mine - token_losses(t_hidden, t_weight, batch.labels, vocab=vocab)
         total = num_selected(batch.row_valid, share)
-        return select_tokens(mine - theirs, batch.labels, len(batch.row_valid), share, total)
+        return select_tokens(excess, batch.labels, len(batch.row_valid), share, total)
+
+    @torch.no_grad()
+    def _losses_of_another_tokenizer(self, batch: Batch) -> Tensor:
+        """[N]: what the teacher loses on the bytes of each token; where `known` says so."""
+        other, teacher = batch.retokenized, self._teacher[0]
+        hidden = teacher(**inputs(other.batch))
+        losses = token_losses(hidden, teacher.head_weight, other.batch.labels)
+        return spread_over_bytes(
+            losses, other.source, other.target, other.share, batch.labels.numel()
+        )
 
 
 class HeadObjective:

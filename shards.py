@@ -48,6 +48,7 @@ class TokenDataset:
     """
 
     weights, packing = (1,), "concatenate"
+    retokenize = None  # what a loader does with every batch: see retokenize.py
 
     def __init__(
         self,

@@ -12,13 +12,14 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+from contextlib import suppress
 from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 
 from config import UserError
-from fast_tokenizer import FastEncoder
+from fast_tokenizer import FastEncoder, byte_characters
 
 WHITE_SPACE_RUN = re.compile(r"\s{100000}")
 # Where a bare tokenizer.json has no config beside it: the usual names of the end-of-text token.
@@ -82,6 +83,11 @@ class Tokenizer:
         """Text of `ids`. Ids outside the vocabulary (padded embedding rows) show as U+FFFD."""
         raise AssertionError("subclasses decode")
 
+    def token_bytes(self) -> list[bytes] | None:
+        """The bytes of every id, which may be part of a character; b"" for control tokens and ids
+        without a token. None where tokens are no bytes of the text (SentencePiece's)."""
+        raise AssertionError("subclasses know their bytes")
+
 
 class ByteTokenizer(Tokenizer):
     """UTF-8 bytes 0..255 and one end-of-text id, 256."""
@@ -111,6 +117,9 @@ class ByteTokenizer(Tokenizer):
     def decode(self, ids):
         pieces = (bytes([i]) if i < 256 else _BYTE_OTHER.get(i, b"\xef\xbf\xbd") for i in ids)
         return b"".join(pieces).decode("utf-8", errors="replace")
+
+    def token_bytes(self):
+        return [*(bytes([i]) for i in range(256)), b""]
 
 
 _BYTE_OTHER = {256: b"<|endoftext|>"}
@@ -165,6 +174,12 @@ class TiktokenTokenizer(Tokenizer):
             return self._encoding.decode(ids)
         except KeyError:  # an id that names no token: show that one, keep the rest
             return b"".join(map(self._token_bytes, ids)).decode("utf-8", errors="replace")
+
+    def token_bytes(self):
+        table = [b""] * self.vocab_size
+        for token, i in self._encoding._mergeable_ranks.items():
+            table[i] = token
+        return table
 
     def _token_bytes(self, i):
         try:
@@ -262,6 +277,20 @@ class JsonTokenizer(Tokenizer):
             else:
                 known.append(i)
         return "".join([*pieces, self._backend.decode(known, skip_special_tokens=False)])
+
+    def token_bytes(self):
+        spec = json.loads(self._backend.to_str())
+        pre = spec["pre_tokenizer"] or {}
+        if "ByteLevel" not in [step.get("type") for step in pre.get("pretokenizers", [pre])]:
+            return None
+        latin = {ord(character): byte for byte, character in enumerate(byte_characters())}
+        table = [b""] * self.vocab_size
+        for token, i in self._backend.get_vocab(with_added_tokens=False).items():
+            with suppress(UnicodeEncodeError):  # one that no text has
+                table[i] = token.translate(latin).encode("latin-1")
+        for token in spec["added_tokens"]:
+            table[token["id"]] = b"" if token["special"] else token["content"].encode()
+        return table
 
 
 def load_tokenizer(spec: str) -> Tokenizer:

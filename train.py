@@ -7,6 +7,7 @@ torchrun --nproc_per_node 8 train.py --config configs/gpt2-124m.yaml --data DATA
 from __future__ import annotations
 
 import math
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -16,14 +17,16 @@ from config import ModelConfig, PretrainConfig, UserError, parse_layers
 from data import eval_batches, require_rows
 from distributed import World, compile_blocks, main_first, start, stop, this_process
 from evaluate import Evaluator, completions, eval_rows
+from fast_tokenizer import Unsupported
 from fsdp import gathered, ranks_line, shard, wants_fsdp
-from hf import fingerprint, load_model, save_model, tokenizer_spec
+from hf import fingerprint, load_model, read_config, save_model, tokenizer_spec
 from hybrid_layers import convert_config, resolve_kernels, use_kernels
 from mixture import rows_line
 from model import Transformer
 from objectives import HeadObjective
 from prompts import IN_RUN, PROMPTS
 from recompute import set_recompute
+from retokenize import Retokenizer
 from stage_plan import plan_stage
 from tokenizer import load_tokenizer
 from trainer import (
@@ -67,16 +70,24 @@ def model_config(cfg: PretrainConfig, vocab_size: int, eos: int | None) -> Model
     )  # fmt: skip
 
 
-def check_reference(cfg: PretrainConfig, tokenizer) -> None:
-    """UserError where --reference is no model of this tokenizer."""
+def check_reference(cfg: PretrainConfig, tokenizer) -> Retokenizer | None:
+    """What turns batches into the tokens of --reference, None where it has this tokenizer.
+    UserError where its tokens are no bytes, or the model lacks some."""
     if not Path(cfg.reference).is_dir():
         raise UserError(f"--reference: no folder {cfg.reference}")
     theirs = load_tokenizer(tokenizer_spec(cfg.reference))
-    if theirs.hash != tokenizer.hash:
+    if theirs.hash == tokenizer.hash:
+        return None
+    config = read_config(cfg.reference)
+    if config.vocab_size < theirs.vocab_size:
         raise UserError(
-            f"--reference: tokenizer {theirs.name} ({theirs.hash}) found, that of --tokenizer, "
-            f"{tokenizer.name} ({tokenizer.hash}), expected"
+            f"--reference: vocabulary of {config.vocab_size} in {cfg.reference}/config.json found, "
+            f"at least the {theirs.vocab_size} of its tokenizer {theirs.name} expected"
         )
+    retokenizer = Retokenizer(tokenizer, theirs, config.max_position_embeddings)
+    with suppress(Unsupported):  # the other library has the same ids, only later
+        theirs.speed_up()
+    return retokenizer
 
 
 def load_reference(cfg: PretrainConfig, world: World, dtype: torch.dtype) -> Transformer | None:
@@ -102,8 +113,7 @@ def pretrain(cfg: PretrainConfig, argv: list[str]) -> None:
     spec = cfg.tokenizer or "byte"
     tokenizer = load_tokenizer(spec)
     config = model_config(cfg, tokenizer.vocab_size, tokenizer.eos_token_id)
-    if cfg.reference:
-        check_reference(cfg, tokenizer)
+    retokenizer = check_reference(cfg, tokenizer) if cfg.reference else None
     check_run_folder(cfg)
     world = this_process(cfg.device)
     fsdp = wants_fsdp(cfg, world, config)
@@ -113,6 +123,7 @@ def pretrain(cfg: PretrainConfig, argv: list[str]) -> None:
     start(world)
     dtype = set_up_torch(cfg, world)
     data, train_data, val_data = main_first(world, lambda: open_data(cfg, tokenizer, build=True))
+    train_data.retokenize = retokenizer
     seq_len = cfg.context_len or 512
     held_out = eval_batches(
         val_data, seq_len=seq_len, max_tokens=cfg.eval_tokens, doc_mask=cfg.doc_mask,
@@ -131,6 +142,7 @@ def pretrain(cfg: PretrainConfig, argv: list[str]) -> None:
         "script": "train", "model": model.config.__dict__,
         "stage": stage.identity(),
         **({"reference": fingerprint(cfg.reference)} if cfg.reference else {}),
+        **({"reference_tokenizer": retokenizer.tokenizer.hash} if retokenizer else {}),
         "seed": cfg.seed, "dtype": str(dtype), "doc_mask": cfg.doc_mask, **train_data.identity(),
     }  # fmt: skip
     run = open_run(cfg, argv, world, identity, script="train", dtype=dtype, stages=["pretrain"])
@@ -140,6 +152,10 @@ def pretrain(cfg: PretrainConfig, argv: list[str]) -> None:
     if reference is not None:
         say(f"reference: {cfg.reference}, {reference.num_params():,} parameters; the loss is over "
             f"{cfg.select_tokens:g} of each row's tokens")  # fmt: skip
+    if retokenizer is not None:
+        say(f"reference: tokenizer {retokenizer.tokenizer.name} (run by "
+            f"{retokenizer.tokenizer.library}), its losses spread over bytes; a document longer "
+            f"than its context of {retokenizer.context} tokens is cut for it")  # fmt: skip
     say(f"compute: {ranks_line(cfg, world, fsdp)}, {dtype}, {linear}")
     say(plan.line(world))
     say(f"rows: {rows_line(train_data, seq_len, plan.steps * plan.rows)}")
@@ -151,7 +167,7 @@ def pretrain(cfg: PretrainConfig, argv: list[str]) -> None:
     set_recompute(model, cfg.activation_checkpointing)
     if compile_wanted(cfg, world):
         compile_blocks(model, hooks=fsdp)
-        if reference is not None:
+        if reference is not None and retokenizer is None:  # else of any length
             compile_blocks(reference)
     if fsdp:
         shard(model, world, dtype=dtype, shard_ranks=cfg.shard_ranks, amp=run.amp)

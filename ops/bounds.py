@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-KEPT = 32  # the last so many, far more than the micro-batches in flight
+KEPT = 64  # the last so many, far more than the micro-batches in flight have, two each at most
 
 
 @dataclass

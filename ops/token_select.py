@@ -63,6 +63,12 @@ def token_losses(
     return losses[1]
 
 
+def excess_loss(own: Tensor, reference: Tensor, known: Tensor) -> Tensor:
+    """own - reference [N]; below every excess where no loss of the reference is known, so that what
+    nobody has compared takes the place of nothing that was."""
+    return torch.where(known, own - reference, torch.finfo(own.dtype).min)
+
+
 def select_tokens(excess: Tensor, labels: Tensor, rows: int, share: float, total: int) -> Tensor:
     """Positions [total] of the tokens kept, increasing: of each row's labels that are not -100 the
     share with the largest excess [N], of equals the first.
@@ -78,20 +84,14 @@ def select_tokens(excess: Tensor, labels: Tensor, rows: int, share: float, total
     return chosen.to(torch.uint8).argsort(descending=True, stable=True)[:total]
 
 
-def spread_over_bytes(losses: Tensor, lengths: Tensor, other_lengths: Tensor) -> Tensor:
-    """Losses [n] of tokens of `lengths` bytes as losses [m] of other tokens of the same text, of
-    `other_lengths` bytes: each byte has an equal share of its token's loss, each token the sum of
-    its bytes' shares. So models of different tokenizers compare, token by token.
+def spread_over_bytes(
+    losses: Tensor, source: Tensor, target: Tensor, share: Tensor, count: int
+) -> Tensor:
+    """Losses [M] of one tokenizer's tokens as losses [count] of another's of the same text: each
+    byte has an equal share of its token's loss, each token the sum of its bytes' shares.
 
-    In float64. Raises ValueError where the two do not cover as many bytes, or a token has none.
+    Of what two tokens have in common [P]: source and target, which they are; share, the bytes in
+    common over those of source. `retokenize.Retokenizer` finds them.
     """
-    if int(lengths.sum()) != int(other_lengths.sum()):
-        raise ValueError(
-            f"tokens of {int(lengths.sum())} bytes and of {int(other_lengths.sum())}: not one text"
-        )
-    if min(int(lengths.min()), int(other_lengths.min())) < 1:
-        raise ValueError("a token without bytes has no place in the text; leave it out")
-    per_byte = (losses.double() / lengths).repeat_interleave(lengths)
-    token = torch.arange(len(other_lengths), device=losses.device)
-    token = token.repeat_interleave(other_lengths)
-    return per_byte.new_zeros(len(other_lengths)).index_add(0, token, per_byte)
+    shares = losses.index_select(0, source) * share.to(losses.dtype)
+    return losses.new_zeros(count).index_add(0, target, shares)

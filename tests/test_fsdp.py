@@ -157,7 +157,8 @@ def assert_same_run(one, two, tolerance: float, steps: int) -> None:
     losses = metric_rows(one), metric_rows(two)
     assert losses[0].keys() == losses[1].keys() and len(losses[0]) == steps
     for step, loss in losses[0].items():
-        assert losses[1][step] == pytest.approx(loss, rel=tolerance), step
+        # A divergence is a difference of log-probabilities near 6: it rounds as they do.
+        assert losses[1][step] == pytest.approx(loss, rel=tolerance, abs=tolerance), step
     norms = metric_rows(one, "grad_norm"), metric_rows(two, "grad_norm")
     for step, norm in norms[0].items():
         assert norms[1][step] == pytest.approx(norm, rel=20 * tolerance), step

@@ -349,18 +349,6 @@ def test_long_can_select_tokens_too(tiny_teacher, tiny_data, tmp_path):
     assert sorted(metric_rows(tmp_path / "a", "ce")) == [1, 2, 3]
 
 
-def test_a_reference_of_another_tokenizer_is_refused(refused, tiny_teacher, tiny_data, tmp_path):
-    from tokenizers import Tokenizer, models
-
-    other = tmp_path / "other"
-    shutil.copytree(tiny_teacher, other)
-    Tokenizer(models.WordLevel({"</s>": 0, "a": 1}, unk_token="a")).save(
-        str(other / "tokenizer.json")
-    )
-    flags = train_flags(tiny_data, tmp_path, "a", "--select_tokens=0.5", f"--reference={other}")
-    assert "--reference: tokenizer other (" in refused("train", *flags)
-
-
 def test_resume_on_another_number_of_ranks(tiny_teacher, tiny_data, tmp_path):
     flags = kd_flags(tiny_teacher, tiny_data, tmp_path, "two", "--save_every=4")
     whole = kd_flags(tiny_teacher, tiny_data, tmp_path, "whole")

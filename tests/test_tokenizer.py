@@ -70,6 +70,10 @@ def check_round_trip(tok):
         assert all(0 <= i < tok.vocab_size for i in ids)
     assert tok.encode_batch(TEXTS) == [tok.encode(text) for text in TEXTS]
     assert [ids.tolist() for ids in tok.encode_arrays(TEXTS)] == tok.encode_batch(TEXTS)
+    table = tok.token_bytes()
+    assert len(table) == tok.vocab_size and table[tok.eos_token_id] == b""
+    for text in TEXTS:
+        assert b"".join(table[i] for i in tok.encode(text)) == text.encode()
     assert tok.decode(tok.encode("lone \ud800 surrogate")) == "lone \ufffd surrogate"
     assert tok.encode_batch(["\ud800"]) == [tok.encode("\ud800")]
     assert len(bytes.fromhex(tok.hash)) == 8

@@ -4,7 +4,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from ops.token_select import kept, num_selected, select_tokens, spread_over_bytes, token_losses
+from ops.token_select import (
+    excess_loss,
+    kept,
+    num_selected,
+    select_tokens,
+    spread_over_bytes,
+    token_losses,
+)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
@@ -72,33 +79,23 @@ def test_rows_do_not_influence_each_other():
 
 def test_losses_spread_over_bytes_by_hand():
     # "the cat" as th|e cat by one tokenizer, as the| c|at by another.
-    losses, lengths = torch.tensor([4.0, 10.0]), torch.tensor([2, 5])
-    other = torch.tensor([3, 2, 2])
-    assert spread_over_bytes(losses, lengths, other).tolist() == [6.0, 4.0, 4.0]
-    assert spread_over_bytes(losses, lengths, lengths).tolist() == [4.0, 10.0]
-    assert spread_over_bytes(losses, lengths, torch.tensor([7])).tolist() == [14.0]
-    with pytest.raises(ValueError, match="of 7 bytes and of 8: not one text"):
-        spread_over_bytes(losses, lengths, torch.tensor([8]))
-    with pytest.raises(ValueError, match="a token without bytes"):
-        spread_over_bytes(losses, lengths, torch.tensor([3, 0, 4]))
+    losses = torch.tensor([4.0, 10.0])
+    source, target = torch.tensor([0, 1, 1, 1]), torch.tensor([0, 0, 1, 2])
+    share = torch.tensor([2 / 2, 1 / 5, 2 / 5, 2 / 5])
+    assert spread_over_bytes(losses, source, target, share, 3).tolist() == [6.0, 4.0, 4.0]
+    one = torch.tensor([0, 1])
+    assert spread_over_bytes(losses, one, one, torch.ones(2), 3).tolist() == [4.0, 10.0, 0.0]
+    found = spread_over_bytes(losses.double(), source, target, share, 3)
+    assert found.dtype == torch.float64
 
 
-def test_losses_spread_over_bytes_keep_their_sum():
-    for _ in range(20):
-        lengths, others = (torch.randint(1, 9, (50,)) for _ in range(2))
-        gap = int(lengths.sum() - others.sum())
-        lengths, others = (
-            torch.cat([x, torch.tensor([max(0, g) + 1])])
-            for x, g in ((lengths, -gap), (others, gap))
-        )
-        losses = torch.rand(51)
-        found = spread_over_bytes(losses, lengths, others)
-        assert found.sum() == pytest.approx(losses.double().sum().item())
-        ends, marks = lengths.cumsum(0).double(), torch.cat([torch.zeros(1), losses.cumsum(0)])
-        total = 0.0
-        for end, loss in zip(others.cumsum(0).tolist(), found.tolist(), strict=True):
-            total += loss  # the loss up to a byte is linear between the ends of tokens
-            i = int((ends < end).sum())
-            before = 0 if i == 0 else ends[i - 1].item()
-            part = (end - before) / lengths[i].item()
-            assert total == pytest.approx(marks[i].item() + part * losses[i].item(), abs=1e-4)
+def test_what_nobody_compared_is_chosen_last():
+    own, reference = torch.tensor([9.0, 1.0, 0.0, 3.0]), torch.tensor([0.0, 2.0, 5.0, 1.0])
+    known = torch.tensor([False, True, True, True])
+    excess = excess_loss(own, reference, known)
+    assert excess[1:].tolist() == [-1, -5, 2] and excess.isfinite().all()
+    labels = torch.tensor([[5, 5, 5, 5], [5, -100, -100, -100]])
+    for dtype in (torch.float32, torch.float64):
+        both = torch.cat([excess, excess_loss(own, reference, torch.zeros(4, dtype=bool))])
+        chosen = select_tokens(both.to(dtype), labels, 2, 0.75, 4)
+        assert chosen.tolist() == [1, 2, 3, 4]
