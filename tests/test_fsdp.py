@@ -164,8 +164,9 @@ def assert_same_run(one, two, tolerance: float, steps: int) -> None:
         assert norms[1][step] == pytest.approx(norm, rel=20 * tolerance), step
     mine, theirs = weights(one / "model"), weights(two / "model")
     for name, p in mine.items():
+        # Ten times as much: where a gradient is near rounding AdamW moves by lr either way.
         error = (p - theirs[name]).norm() / p.norm()
-        assert error < tolerance or p.norm() < 1e-6, (name, error)
+        assert error < 10 * tolerance or p.norm() < 1e-6, (name, error)
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
