@@ -23,10 +23,11 @@ import torch
 import yaml
 
 import checkpoint
+from async_save import Saver
 from cli import to_dict
 from config import ModelConfig, Stopped, TrainConfig, UserError
 from data import PackedLoader
-from distributed import StopSignals, World, all_sum, barrier, main_says
+from distributed import SAVE_FAILED, StopSignals, World, all_sum, barrier, main_says
 from hybrid_layers import MIXERS
 from layers import ShortConvolution, sdpa_priority
 from losses import num_selected
@@ -83,6 +84,7 @@ class Run:
     step: int = 0  # optimizer steps of all stages so far
     done: set[str] = field(default_factory=set)  # stages finished before this process
     watch: Callable[[int, str], None] = lambda step, place: None  # see watchdog.py
+    protect: Callable[[], None] = lambda: None  # see async_save.py
 
     @property
     def amp(self) -> Callable:
@@ -242,8 +244,10 @@ def stage_optimizer(plan: StagePlan, objective, world: World) -> OptimizerSet:
     )  # fmt: skip
 
 
-def save_step(run: Run, plan: StagePlan, step: int, objective, optimizer, loader) -> None:
-    """Write a checkpoint of the stage after `step` of its steps."""
+def save_step(
+    run: Run, plan: StagePlan, step: int, objective, optimizer, loader, saver: Saver
+) -> None:
+    """Write a checkpoint of the stage after `step` of its steps, or begin to."""
     if not run.cfg.save_model:
         return
     tensors = {f"model.{n}": p.detach() for n, p in objective.params.items()}
@@ -253,10 +257,7 @@ def save_step(run: Run, plan: StagePlan, step: int, objective, optimizer, loader
         "step": run.step, "stage": plan.name, "stage_step": step, "done": done,
         "identity": run.identity, "loader": loader.state_dict(), "rng": checkpoint.rng_state(),
     }  # fmt: skip
-    checkpoint.save_checkpoint(
-        run.folder, run.step, tensors, state, keep=run.cfg.keep_checkpoints,
-        rank=run.world.rank, world_size=run.world.size,
-    )  # fmt: skip
+    saver.save(run.folder, run.step, tensors, state, keep=run.cfg.keep_checkpoints)
 
 
 def restore_weights(run: Run, model: Transformer) -> None:
@@ -302,6 +303,8 @@ def train_stage(
     timer = StepTimer(plan.steps, world.device, start_step=start)
     log = StepLog(run, plan, timer, flop_rates(run, plan, student, teacher))
     guard = StepGuard(cfg.skip_spikes, world.device)
+    saver = Saver(world, cfg.async_save and cfg.save_model)
+    run.protect = saver.protect
     profiler = open_profiler(run) if cfg.profile else nullcontext()
     try:
         with (
@@ -321,7 +324,10 @@ def train_stage(
                     log.take(values, loader.tokens())
                 if step_done is not None:
                     step_done()
-                number = signals.agreed(last)
+                number = signals.agreed(last, saver.failed)
+                if number == SAVE_FAILED:
+                    run.watch(run.step, "saving")
+                    saver.wait()  # raises, on all ranks
                 due = cfg.eval_every and (step + 1) % cfg.eval_every == 0
                 if evaluate and due and not last and not number:
                     log.flush()
@@ -331,11 +337,15 @@ def train_stage(
                 if last or number or (cfg.save_every and (step + 1) % cfg.save_every == 0):
                     log.flush()
                     run.watch(run.step, "saving")
-                    with timer.paused():
-                        save_step(run, plan, step + 1, objective, optimizer, loader)
+                    finish_it = last or number or not saver.background
+                    with timer.paused() if finish_it else nullcontext():
+                        save_step(run, plan, step + 1, objective, optimizer, loader, saver)
+                        if finish_it:
+                            saver.wait()
                 if number:
                     raise Stopped(128 + number, stopped_line(run, number))
     finally:
+        saver.close()
         loader.close()
     run.done.add(plan.name)
     run.resumed = None  # later stages start afresh
@@ -384,6 +394,7 @@ def one_step(
     with run.amp(), sdpa_priority(world.device):
         sums = objective.backward([b.to(world.device) for b in batches], count)
     norm = objective.clip(stage.grad_clip)
+    run.protect()
     optimizer.step(guard(norm))
     optimizer.zero_grad()
     counts = {"skipped": guard.skipped, "in_row": guard.in_row}
