@@ -207,6 +207,20 @@ def on_all_ranks(action: Callable[[], Any], path: Path, world_size: int) -> list
     return [result for result, *_ in gathered]
 
 
+def everyone(value, world: World) -> list:
+    """Every rank's `value` (anything JSON-like), on all of them."""
+    found = [value] * world.size
+    if world.size > 1:
+        dist.all_gather_object(found, value, group=_hosts)
+    return found
+
+
+def gather_later(mine: Tensor, world: World) -> tuple[dist.Work, list[Tensor]]:
+    """All ranks' values of a small CPU tensor, there when the work is done; nobody waits."""
+    found = [torch.empty_like(mine) for _ in range(world.size)]
+    return dist.all_gather(found, mine, group=_hosts, async_op=True), found
+
+
 def all_sum(t: Tensor, world: World) -> Tensor:
     """Sum over ranks, in place."""
     if world.size > 1:

@@ -24,7 +24,7 @@ from torch import Tensor
 from config import UserError
 from muon_shards import local
 
-CHUNK_BYTES = 1 << 20  # written and hashed at once; hashing it holds Python's lock
+CHUNK_BYTES = 1 << 20  # written and hashed at once
 BLOCK_BYTES = 256 << 20  # of a Snapshot; torch rounds pinned memory up to powers of two
 DTYPES = {
     torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",

@@ -38,6 +38,7 @@ from ops import warm
 from ops.kernels import PACKAGES
 from optimizer import OptimizerSet, StepGuard, build_optimizer, lr_factor
 from order import Order
+from pace import Pace
 from stage_plan import StagePlan
 from step_log import StepLog, flop_rates
 from watchdog import Watchdog
@@ -85,6 +86,7 @@ class Run:
     done: set[str] = field(default_factory=set)  # stages finished before this process
     watch: Callable[[int, str], None] = lambda step, place: None  # see watchdog.py
     protect: Callable[[], None] = lambda: None  # see async_save.py
+    pace: Pace = field(default_factory=Pace)
 
     @property
     def amp(self) -> Callable:
@@ -304,7 +306,7 @@ def train_stage(
     log = StepLog(run, plan, timer, flop_rates(run, plan, student, teacher))
     guard = StepGuard(cfg.skip_spikes, world.device)
     saver = Saver(world, cfg.async_save and cfg.save_model)
-    run.protect = saver.protect
+    run.protect, run.pace = saver.protect, Pace(world, run.logger.say)
     profiler = open_profiler(run) if cfg.profile else nullcontext()
     try:
         with (
@@ -318,6 +320,7 @@ def train_stage(
                 values = one_step(run, plan, step, objective, optimizer, loader, guard)
                 log.flush()
                 run.step += 1
+                run.pace.step()
                 timer.step(stage.batch_tokens)
                 last = step + 1 == plan.steps
                 if (step + 1) % cfg.log_every == 0 or last:
@@ -386,13 +389,16 @@ def one_step(
     )  # fmt: skip
     optimizer.set_lr_factor(factor)
     run.watch(run.step + 1, "loading data")
+    run.pace.begin()
     batches = loader.next_step()
+    run.pace.loaded()
     run.watch(run.step + 1, "computing")
     count = float(sum(num_selected(b.row_valid, stage.select_tokens) for b in batches))
     count = torch.full((), count, device=world.device)  # a fill; torch.tensor would wait
     count = all_sum(count, world).clamp_(min=1)
+    run.pace.together()
     with run.amp(), sdpa_priority(world.device):
-        sums = objective.backward([b.to(world.device) for b in batches], count)
+        sums = objective.backward([b.to(world.device) for b in batches], count, run.pace.computed)
     norm = objective.clip(stage.grad_clip)
     run.protect()
     optimizer.step(guard(norm))
