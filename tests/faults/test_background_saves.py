@@ -15,6 +15,8 @@ from conftest import ROOT, call_script, metric_rows, run_python
 from processes import driver, newest, running, wait_for_step
 from test_runs import train_flags, weights
 
+import checkpoint as ckpt
+
 # Saves after step 3 take for ever, or until they are let go on.
 SLOW = """
 import checkpoint, pathlib, time
@@ -148,6 +150,19 @@ def test_two_ranks_killed_three_times(flags, tmp_path):
     run_python("train.py", *flags("cut", *more), "--resume=auto", ranks=2)
     run_python("train.py", *flags("whole", *more), ranks=2)
     assert metric_rows(cut) == metric_rows(tmp_path / "whole")
+
+
+@pytest.mark.slow
+def test_two_ranks_stopped_while_they_save(flags, tmp_path):
+    """The last checkpoint is that of the last step, and complete when the run has ended."""
+    with running("train", *flags("cut", "--max_steps=999", "--save_every=1"), ranks=2) as process:
+        wait_for_step(process, tmp_path / "cut", 10)
+        process.send_signal(signal.SIGTERM)
+        _, err = process.communicate(timeout=60)
+    count, state = newest(tmp_path / "cut")
+    assert count == 2 and state["step"] == max(metric_rows(tmp_path / "cut")) < 999
+    assert err.count(f"stopped by SIGTERM after step {state['step']}: checkpoints in") == 1
+    assert ckpt.find_checkpoint(tmp_path / "cut", explicit=True).name == f"step-{state['step']}"
 
 
 def newest_finished(run: Path) -> int:
