@@ -13,7 +13,6 @@ guaranteed and what is not. Try it: pytest tests/test_checkpoint.py
 from __future__ import annotations
 
 import base64
-import errno
 import json
 import logging
 import os
@@ -21,27 +20,28 @@ import random
 import re
 import shutil
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 import xxhash
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 
 from config import UserError
+from distributed import on_all_ranks
+from tensor_files import Piece, local_plan, own_files, write_tensors
 
 logger = logging.getLogger(__name__)
 
 MANIFEST = "manifest.json"
 STATE = "state.json"
 FORMAT_VERSION = 1
-# The writer serialises a whole file in memory before writing it; smaller files bound that copy.
 MAX_FILE_BYTES = 2 << 30
 HASH_CHUNK_BYTES = 8 << 20
 STEP_FOLDER = re.compile(r"step-(\d+)")
@@ -73,52 +73,94 @@ def save_checkpoint(
     Raises, on every rank: UserError for `keep` < 2; OSError naming the path when the disk is full
     or not writable. The earlier checkpoints are then as they were.
     """
-    if keep < 2:
-        raise UserError(
-            f"--keep_checkpoints={keep}: expected 2 or more, so that one is left if the newest "
-            "is damaged"
-        )
-    folder = Path(run_dir) / "checkpoints"
-    final, tmp = folder / f"step-{step}", folder / f"step-{step}.tmp"
-
-    def prepare() -> None:
-        _check_tensors(tensors)
-        if rank == 0:
-            folder.mkdir(parents=True, exist_ok=True)
-            for stale in folder.glob("step-*.tmp"):
-                shutil.rmtree(stale)
-            tmp.mkdir()
-            _write_json(tmp / STATE, state)
-
-    def hash_own_files() -> dict[str, dict]:
-        # Each rank hashes what it wrote, while it is still in that machine's page cache.
-        names = [p.name for p in tmp.iterdir() if _owner(p.name) == rank]
-        return {name: _fingerprint(tmp / name) for name in names}
-
-    def publish(files: dict[str, dict]) -> None:
-        if rank != 0:
-            return
-        (tmp / MANIFEST).write_bytes(_manifest_bytes(step, files))
-        _fsync(tmp / MANIFEST)
-        _fsync(tmp)
-        if final.exists():  # a run that went back has reached this step again
-            final.rename(folder / f"step-{step}.replaced.tmp")
-        tmp.rename(final)
-        _fsync(folder)
-
+    save = Save(Path(run_dir) / "checkpoints", step, keep, rank, world_size)
+    save.begin(tensors, state)
     try:
-        _on_all_ranks(prepare, tmp, world_size)
-        _on_all_ranks(lambda: _write_tensors(tmp, tensors, world_size), tmp, world_size)
-        per_rank = _on_all_ranks(hash_own_files, tmp, world_size)
-        files = {name: entry for part in per_rank for name, entry in part.items()}
-        _on_all_ranks(lambda: publish(files), tmp, world_size)
+        written = on_all_ranks(save.write, save.tmp, world_size)
+        on_all_ranks(lambda: save.publish(written), save.tmp, world_size)
     except Exception:
-        if rank == 0:  # a full disk gets its room back
-            shutil.rmtree(tmp, ignore_errors=True)
+        save.discard()
         raise
-    if rank == 0:
-        _prune(folder, step, keep)
-    return final
+    save.prune()
+    return save.final
+
+
+@dataclass
+class Save:
+    """A checkpoint on its way. `begin` is collective; then every rank calls `write` for itself, in
+    whatever thread; then rank 0 calls `publish` with what all have written, and `prune`. Where one
+    of them fails rank 0 calls `discard`, when none writes any more."""
+
+    folder: Path
+    step: int
+    keep: int
+    rank: int
+    world_size: int
+    state: str = ""
+    files: dict[str, list[Piece]] = field(default_factory=dict)  # this rank's
+
+    @property
+    def final(self) -> Path:
+        return self.folder / f"step-{self.step}"
+
+    @property
+    def tmp(self) -> Path:
+        return self.folder / f"step-{self.step}.tmp"
+
+    def begin(self, tensors: dict[str, Tensor], state: dict) -> None:
+        """Make the folder and share out the tensors; nothing is left of it if this raises."""
+        if self.keep < 2:
+            raise UserError(
+                f"--keep_checkpoints={self.keep}: expected 2 or more, so that one is left if the "
+                "newest is damaged"
+            )
+
+        def prepare() -> Any:
+            _check_tensors(tensors)
+            self.state = _json_text(state)
+            if self.rank == 0:
+                self.folder.mkdir(parents=True, exist_ok=True)
+                for stale in self.folder.glob("step-*.tmp"):
+                    shutil.rmtree(stale)
+                self.tmp.mkdir()
+            return local_plan(tensors, self.rank == 0)
+
+        try:
+            plans = on_all_ranks(prepare, self.tmp, self.world_size)
+        except Exception:
+            self.discard()
+            raise
+        self.files = own_files(tensors, plans, self.rank, MAX_FILE_BYTES)
+
+    def write(self) -> dict[str, dict]:
+        """This rank's files: name -> size and checksum."""
+        found = {n: write_tensors(self.tmp / n, pieces) for n, pieces in self.files.items()}
+        if self.rank == 0:
+            _write_text(self.tmp / STATE, self.state)
+            found[STATE] = _fingerprint(self.tmp / STATE)
+        return found
+
+    def publish(self, written: list[dict[str, dict]]) -> None:
+        """The manifest, then the rename; `written`: what each rank's `write` returned."""
+        if self.rank != 0:
+            return
+        files = {name: entry for part in written for name, entry in part.items()}
+        (self.tmp / MANIFEST).write_bytes(_manifest_bytes(self.step, files))
+        _fsync(self.tmp / MANIFEST)
+        _fsync(self.tmp)
+        if self.final.exists():  # a run that went back has reached this step again
+            self.final.rename(self.folder / f"step-{self.step}.replaced.tmp")
+        self.tmp.rename(self.final)
+        _fsync(self.folder)
+
+    def discard(self) -> None:
+        """A full disk gets its room back."""
+        if self.rank == 0:
+            shutil.rmtree(self.tmp, ignore_errors=True)
+
+    def prune(self) -> None:
+        if self.rank == 0:
+            _prune(self.folder, self.step, self.keep)
 
 
 def list_checkpoints(run_dir: str | Path) -> list[Path]:
@@ -160,7 +202,7 @@ def find_checkpoint(
     def search() -> Path | None:
         return _search(Path(run_dir_or_ckpt), explicit) if rank == 0 else None
 
-    return _on_all_ranks(search, Path(run_dir_or_ckpt), world_size)[0]
+    return on_all_ranks(search, Path(run_dir_or_ckpt), world_size)[0]
 
 
 def read_state(path: str | Path) -> dict:
@@ -268,27 +310,6 @@ def _check_tensors(tensors: dict[str, Tensor]) -> None:
         assert other == name, f"{other} and {name} share storage: drop the tied alias"
 
 
-def _write_tensors(path: Path, tensors: dict[str, Tensor], world_size: int) -> None:
-    if not tensors:
-        return
-    file_index, index, used = {}, 1, 0
-    for name, tensor in tensors.items():
-        size = tensor.numel() * tensor.element_size()
-        if used and used + size > MAX_FILE_BYTES:
-            index, used = index + 1, 0
-        file_index[name], used = index, used + size
-    writer = dcp.HuggingFaceStorageWriter(
-        str(path), fqn_to_index_mapping=file_index, save_distributed=True
-    )
-    with _dcp_errors(path):
-        dcp.save(
-            {name: tensor.detach().contiguous() for name, tensor in tensors.items()},
-            storage_writer=writer,
-            planner=dcp.DefaultSavePlanner(flatten_state_dict=False),
-            no_dist=world_size == 1,
-        )
-
-
 @contextmanager
 def _dcp_errors(path: Path) -> Iterator[None]:
     """Turns DCP's CheckpointException into an OSError or RuntimeError naming the path.
@@ -309,42 +330,14 @@ def _dcp_errors(path: Path) -> Iterator[None]:
         raise RuntimeError(f"{path}: rank {rank}: {cause}") from cause
 
 
-def _on_all_ranks(action: Callable[[], Any], path: Path, world_size: int) -> list:
-    """Runs `action` on every rank; returns all ranks' results, or raises on all if one failed.
-
-    Without this, a rank whose disk is full would leave the others waiting in the next barrier.
-    """
-    if world_size == 1:
-        return [action()]
-    assert dist.is_initialized(), f"world_size={world_size} needs a process group"
-    result, failure = None, None
-    try:
-        result = action()
-    except Exception as error:
-        failure = error
-    message = None if failure is None else str(failure) or type(failure).__name__
-    gathered: list = [None] * world_size
-    dist.all_gather_object(gathered, (result, message, isinstance(failure, UserError)))
-    if failure is not None:
-        raise failure
-    for rank, (_, message, is_users_mistake) in enumerate(gathered):
-        if is_users_mistake:  # ends every rank in the same quiet way
-            raise UserError(message)
-        if message is not None:
-            raise OSError(errno.EIO, f"rank {rank} failed: {message}", str(path))
-    return [result for result, *_ in gathered]
-
-
-def _owner(name: str) -> int:
-    """The rank that wrote a file: the writer numbers its shards from 1; the rest is rank 0's."""
-    match = re.match(r"shard-(\d+)-", name)
-    return int(match[1]) - 1 if match else 0
-
-
-def _write_json(path: Path, value: dict) -> None:
-    _check_keys(value, path.name)
+def _json_text(state: dict) -> str:
+    _check_keys(state, STATE)
     # Python's own NaN and Infinity are let through: only read_state reads this file.
-    path.write_text(json.dumps(value, indent=1), encoding="utf-8")
+    return json.dumps(state, indent=1)
+
+
+def _write_text(path: Path, text: str) -> None:
+    path.write_text(text, encoding="utf-8")
     _fsync(path)
 
 

@@ -327,6 +327,7 @@ class TrainConfig:
     save_model: bool = opt(True, "write checkpoints and the final model")
     save_model_dir: str = opt("runs", "parent folder of runs")
     save_every: int = opt(0, "steps between checkpoints; 0 = at stage ends only", low=0)
+    async_save: bool = opt(False, "write checkpoints in the background, from a copy in memory")
     keep_checkpoints: int = opt(2, "checkpoints kept", low=2)
     resume: str = opt("never", "never, auto (newest good checkpoint of --run), or a checkpoint")
     tracker: str = opt("none", "where metrics go besides the run's folder",

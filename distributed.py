@@ -7,12 +7,15 @@ Check: `pytest tests/test_runs.py tests/faults`.
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import signal
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -20,6 +23,7 @@ from torch import Tensor, nn
 
 from config import UserError
 
+SAVE_FAILED = 999  # in place of a signal's number
 ONE_SIGNAL = 2.0  # seconds: who stops a job may tell each process, and torchrun tells them again
 _hosts: dist.ProcessGroup | None = None  # for what hosts tell each other, apart from tensors' sums
 
@@ -124,14 +128,16 @@ class StopSignals:
         elif not self.heard:
             self.heard, self.when = number, now
 
-    def agreed(self, last: bool = False) -> int:
-        """The signal that every rank stops for now, 0 for none; every rank asks after each step.
-        What a rank has heard reaches the others while the next step runs, so that none waits for
-        it; after the `last` step they wait."""
+    def agreed(self, last: bool = False, failed: bool = False) -> int:
+        """The signal that every rank stops for now, 0 for none, SAVE_FAILED where a save in the
+        background has `failed` on one; every rank asks after each step. What a rank has heard
+        reaches the others while the next step runs, so that none waits for it; after the `last`
+        step they wait."""
+        mine = SAVE_FAILED if failed else self.heard
         if self.world.size == 1:
-            return self.heard
+            return mine
         number = self._answer() if self.asked else 0
-        flag = torch.tensor(self.heard)
+        flag = torch.tensor(mine)
         work = dist.all_reduce(flag, dist.ReduceOp.MAX, group=_hosts, async_op=True)
         self.asked = work, flag
         return max(number, self._answer()) if last or number else 0
@@ -172,6 +178,47 @@ def main_first(world: World, work):
     if error is not None:
         raise UserError(error)
     return result if world.is_main else work()
+
+
+def on_all_ranks(action: Callable[[], Any], path: Path, world_size: int) -> list:
+    """Runs `action` on every rank; returns all ranks' results, or raises on all if one failed.
+
+    Without this, a rank whose disk is full would leave the others waiting in the next barrier.
+    """
+    if world_size == 1:
+        return [action()]
+    assert dist.is_initialized(), f"world_size={world_size} needs a process group"
+    result, failure = None, None
+    try:
+        result = action()
+    except Exception as error:
+        failure = error
+    message = None if failure is None else str(failure) or type(failure).__name__
+    gathered: list = [None] * world_size
+    told = (result, message, isinstance(failure, UserError))
+    dist.all_gather_object(gathered, told, group=_hosts)
+    if failure is not None:
+        raise failure
+    for rank, (_, message, is_users_mistake) in enumerate(gathered):
+        if is_users_mistake:  # ends every rank in the same quiet way
+            raise UserError(message)
+        if message is not None:
+            raise OSError(errno.EIO, f"rank {rank} failed: {message}", str(path))
+    return [result for result, *_ in gathered]
+
+
+def everyone(value, world: World) -> list:
+    """Every rank's `value` (anything JSON-like), on all of them."""
+    found = [value] * world.size
+    if world.size > 1:
+        dist.all_gather_object(found, value, group=_hosts)
+    return found
+
+
+def gather_later(mine: Tensor, world: World) -> tuple[dist.Work, list[Tensor]]:
+    """All ranks' values of a small CPU tensor, there when the work is done; nobody waits."""
+    found = [torch.empty_like(mine) for _ in range(world.size)]
+    return dist.all_gather(found, mine, group=_hosts, async_op=True), found
 
 
 def all_sum(t: Tensor, world: World) -> Tensor:

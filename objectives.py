@@ -7,7 +7,7 @@ Check: `pytest tests/test_objectives.py`.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 
 import torch
@@ -123,14 +123,19 @@ class HeadObjective:
         if teacher is not None and stage.kd_weight:
             self.names = ("kl", "ce") if stage.ce_weight else ("kl",)
 
-    def backward(self, batches: list[Batch], count: Tensor) -> dict[str, Tensor]:
+    def backward(
+        self, batches: list[Batch], count: Tensor, alone_until: Callable[[], None] = lambda: None
+    ) -> dict[str, Tensor]:
         """Gradients of the mean loss over the step's `count` labels, on all ranks. Returns this
-        rank's share of the sums: add them over ranks."""
+        rank's share of the sums: add them over ranks. Up to its call of `alone_until`, which never
+        comes under FSDP2, a rank does not wait for others."""
         sums: dict[str, Tensor] = {}
         for i, batch in enumerate(batches):
             wait = self.world.size > 1 and not self.sharded and i + 1 < len(batches)
             with self.module.no_sync() if wait else nullcontext():
                 out = self.module(batch, count)
+                if not self.sharded and i + 1 == len(batches):
+                    alone_until()
                 (out.loss * self.world.size).backward()  # DDP and FSDP2 take the mean over ranks
             parts = {"loss": out.loss.detach(), "kl": out.kd / count, "ce": out.ce / count}
             for name in ("loss", *self.names):
@@ -171,7 +176,9 @@ class AlignObjective:
         self.mixers = self.params.keys()
         self.held: dict[int, dict[int, tuple[Tensor, Tensor]]] | None = {} if keep else None
 
-    def backward(self, batches: list[Batch], count: Tensor) -> dict[str, Tensor]:
+    def backward(
+        self, batches: list[Batch], count: Tensor, alone_until: Callable[[], None] = lambda: None
+    ) -> dict[str, Tensor]:
         """As HeadObjective.backward; `count` is not used: every token has a target."""
         tokens = self.world.size * len(batches) * batches[0].input_ids.numel()
         sharded = is_fsdp(self.student)
@@ -187,6 +194,7 @@ class AlignObjective:
         if sharded:
             average_whole_gradients(self.params.values(), self.world)
         else:
+            alone_until()
             sum_gradients(self.params.values(), self.world)
         sums["loss"] = sum(sums.values()) / len(self.layers)
         return sums

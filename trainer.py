@@ -23,10 +23,11 @@ import torch
 import yaml
 
 import checkpoint
+from async_save import Saver
 from cli import to_dict
 from config import ModelConfig, Stopped, TrainConfig, UserError
 from data import PackedLoader
-from distributed import StopSignals, World, all_sum, barrier, main_says
+from distributed import SAVE_FAILED, StopSignals, World, all_sum, barrier, main_says
 from hybrid_layers import MIXERS
 from layers import ShortConvolution, sdpa_priority
 from losses import num_selected
@@ -37,6 +38,7 @@ from ops import warm
 from ops.kernels import PACKAGES
 from optimizer import OptimizerSet, StepGuard, build_optimizer, lr_factor
 from order import Order
+from pace import Pace
 from stage_plan import StagePlan
 from step_log import StepLog, flop_rates
 from watchdog import Watchdog
@@ -83,6 +85,8 @@ class Run:
     step: int = 0  # optimizer steps of all stages so far
     done: set[str] = field(default_factory=set)  # stages finished before this process
     watch: Callable[[int, str], None] = lambda step, place: None  # see watchdog.py
+    protect: Callable[[], None] = lambda: None  # see async_save.py
+    pace: Pace = field(default_factory=Pace)
 
     @property
     def amp(self) -> Callable:
@@ -242,8 +246,10 @@ def stage_optimizer(plan: StagePlan, objective, world: World) -> OptimizerSet:
     )  # fmt: skip
 
 
-def save_step(run: Run, plan: StagePlan, step: int, objective, optimizer, loader) -> None:
-    """Write a checkpoint of the stage after `step` of its steps."""
+def save_step(
+    run: Run, plan: StagePlan, step: int, objective, optimizer, loader, saver: Saver
+) -> None:
+    """Write a checkpoint of the stage after `step` of its steps, or begin to."""
     if not run.cfg.save_model:
         return
     tensors = {f"model.{n}": p.detach() for n, p in objective.saved.items()}
@@ -253,10 +259,7 @@ def save_step(run: Run, plan: StagePlan, step: int, objective, optimizer, loader
         "step": run.step, "stage": plan.name, "stage_step": step, "done": done,
         "identity": run.identity, "loader": loader.state_dict(), "rng": checkpoint.rng_state(),
     }  # fmt: skip
-    checkpoint.save_checkpoint(
-        run.folder, run.step, tensors, state, keep=run.cfg.keep_checkpoints,
-        rank=run.world.rank, world_size=run.world.size,
-    )  # fmt: skip
+    saver.save(run.folder, run.step, tensors, state, keep=run.cfg.keep_checkpoints)
 
 
 def restore_weights(run: Run, model: Transformer) -> None:
@@ -302,6 +305,8 @@ def train_stage(
     timer = StepTimer(plan.steps, world.device, start_step=start)
     log = StepLog(run, plan, timer, flop_rates(run, plan, student, teacher))
     guard = StepGuard(cfg.skip_spikes, world.device)
+    saver = Saver(world, cfg.async_save and cfg.save_model)
+    run.protect, run.pace = saver.protect, Pace(world, run.logger.say)
     profiler = open_profiler(run) if cfg.profile else nullcontext()
     try:
         with (
@@ -315,13 +320,17 @@ def train_stage(
                 values = one_step(run, plan, step, objective, optimizer, loader, guard)
                 log.flush()
                 run.step += 1
+                run.pace.step()
                 timer.step(stage.batch_tokens)
                 last = step + 1 == plan.steps
                 if (step + 1) % cfg.log_every == 0 or last:
                     log.take(values, loader.tokens())
                 if step_done is not None:
                     step_done()
-                number = signals.agreed(last)
+                number = signals.agreed(last, saver.failed)
+                if number == SAVE_FAILED:
+                    run.watch(run.step, "saving")
+                    saver.wait()  # raises, on all ranks
                 due = cfg.eval_every and (step + 1) % cfg.eval_every == 0
                 if evaluate and due and not last and not number:
                     log.flush()
@@ -331,11 +340,15 @@ def train_stage(
                 if last or number or (cfg.save_every and (step + 1) % cfg.save_every == 0):
                     log.flush()
                     run.watch(run.step, "saving")
-                    with timer.paused():
-                        save_step(run, plan, step + 1, objective, optimizer, loader)
+                    finish_it = last or number or not saver.background
+                    with timer.paused() if finish_it else nullcontext():
+                        save_step(run, plan, step + 1, objective, optimizer, loader, saver)
+                        if finish_it:
+                            saver.wait()
                 if number:
                     raise Stopped(128 + number, stopped_line(run, number))
     finally:
+        saver.close()
         loader.close()
     run.done.add(plan.name)
     run.resumed = None  # later stages start afresh
@@ -376,14 +389,18 @@ def one_step(
     )  # fmt: skip
     optimizer.set_lr_factor(factor)
     run.watch(run.step + 1, "loading data")
+    run.pace.begin()
     batches = loader.next_step()
+    run.pace.loaded()
     run.watch(run.step + 1, "computing")
     count = float(sum(num_selected(b.row_valid, stage.select_tokens) for b in batches))
     count = torch.full((), count, device=world.device)  # a fill; torch.tensor would wait
     count = all_sum(count, world).clamp_(min=1)
+    run.pace.together()
     with run.amp(), sdpa_priority(world.device):
-        sums = objective.backward([b.to(world.device) for b in batches], count)
+        sums = objective.backward([b.to(world.device) for b in batches], count, run.pace.computed)
     norm = objective.clip(stage.grad_clip)
+    run.protect()
     optimizer.step(guard(norm))
     optimizer.zero_grad()
     counts = {"skipped": guard.skipped, "in_row": guard.in_row}

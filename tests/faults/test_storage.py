@@ -13,10 +13,11 @@ from processes import driver, newest, running, wait_for_step
 from test_runs import train_flags, weights
 
 
-def test_a_disk_that_fills_up(tiny_data, tmp_path):
+@pytest.mark.parametrize("how", ["False", "True"])
+def test_a_disk_that_fills_up(how, tiny_data, tmp_path):
     """The checkpoint that does not fit is named; the run goes on from the one before it."""
     flags = lambda run: train_flags(  # noqa: E731
-        tiny_data, tmp_path, run, "--max_steps=60", "--save_every=4"
+        tiny_data, tmp_path, run, "--max_steps=60", "--save_every=4", f"--async_save={how}"
     )
     cut = tmp_path / "cut"
     with running("train", *flags("cut")) as process:
