@@ -132,6 +132,7 @@ def by_hand(command: list[str], size: int, *, port: int = 0):
             rank.communicate()
 
 
+@pytest.mark.slow
 def test_ranks_without_torchrun(tiny_data, tmp_path):
     flags = train_flags(tiny_data, tmp_path, "a", "--max_steps=2")
     with by_hand(["train.py", *flags], 2) as ranks:
