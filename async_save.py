@@ -24,7 +24,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from checkpoint import Save, save_checkpoint
-from distributed import World, on_all_ranks
+from distributed import World, on_all_ranks, shared_store
 from tensor_files import Snapshot
 
 PATIENCE = 900.0  # seconds that a rank's part of a checkpoint may take longer than rank 0's
@@ -44,8 +44,7 @@ class Saver:
         self.snapshot = Snapshot(world.device)
         self.store = None
         if world.size > 1:
-            self.store = dist.PrefixStore("saves", dist.distributed_c10d._get_default_store())
-            self.store = self.store.clone()  # a connection of its own: a wait holds up nobody
+            self.store = dist.PrefixStore("saves", shared_store())
 
     def save(
         self, run_dir: Path, step: int, tensors: dict[str, Tensor], state: dict, *, keep: int

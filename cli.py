@@ -14,6 +14,7 @@ import math
 import os
 import sys
 import time
+import traceback
 import typing
 from pathlib import Path
 
@@ -193,7 +194,7 @@ def run_main(cls, main, argv: list[str] | None = None, default_preset=None) -> N
 
     `default_preset(flags)` names the preset when none is given. A UserError becomes one line on
     stderr (of one rank) and exit code 2, and so does a disk that is full or cannot be written;
-    a run that is Stopped ends with its code.
+    a run that is Stopped ends with its code; any other error with 1, after its traceback.
     """
     argv = sys.argv[1:] if argv is None else argv
     if any(a in ("--help", "-h", "-help") for a in argv):
@@ -217,10 +218,25 @@ def run_main(cls, main, argv: list[str] | None = None, default_preset=None) -> N
         raise SystemExit(e.code) from None
     except OSError as e:
         if e.errno not in STORAGE:
-            raise
+            _fail(e)
         where = e.filename or "a file of the run"
         _say(f"error: {where}: {e.strerror}; room and permission to write expected")
         raise SystemExit(2) from None
+    except Exception as e:
+        _fail(e)
+
+
+def _fail(error: Exception) -> typing.NoReturn:
+    """The traceback; of one rank of several also a last line that names it, and out at once: the
+    others wait for this one in a collective, which cannot be unwound on either side."""
+    if "RANK" not in os.environ:
+        raise
+    traceback.print_exception(error)
+    text = (str(error).splitlines() or [""])[0]
+    line = f"error: rank {os.environ['RANK']}: {type(error).__name__}: {text}"
+    print(line, file=sys.stderr, flush=True)
+    sys.stdout.flush()
+    os._exit(1)
 
 
 def _say(line: str) -> None:

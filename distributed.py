@@ -10,6 +10,9 @@ import contextlib
 import errno
 import os
 import signal
+import socket
+import sys
+import threading
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -21,11 +24,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from config import UserError
+from config import Stopped, UserError
 
 SAVE_FAILED = 999  # in place of a signal's number
+JOIN = 600.0  # seconds that ranks started without torchrun have to find each other
+FAILURE = "failure"  # the store's key for what ended the first rank that failed
 ONE_SIGNAL = 2.0  # seconds: who stops a job may tell each process, and torchrun tells them again
 _hosts: dist.ProcessGroup | None = None  # for what hosts tell each other, apart from tensors' sums
+_store: dist.Store | None = None  # see `shared_store`
 
 
 @dataclass(frozen=True)
@@ -58,10 +64,9 @@ def choose_device(name: str) -> torch.device:
 def this_process(device_name: str) -> World:
     """Rank, ranks and device from the flags and torchrun's environment; touches neither."""
     device = choose_device(device_name)
-    size = int(os.environ.get("WORLD_SIZE", "1"))
+    rank, size, local = _ranks()
     if size == 1:
         return World(0, 1, torch.device("cuda", 0) if device.type == "cuda" else device)
-    rank, local = int(os.environ["RANK"]), int(os.environ["LOCAL_RANK"])
     if device.type == "mps":
         raise UserError("--device: mps found under torchrun, cpu or cuda expected")
     if device.type == "cuda":
@@ -74,32 +79,160 @@ def this_process(device_name: str) -> World:
     return World(rank, size, device)
 
 
+def _ranks() -> tuple[int, int, int]:
+    """RANK, WORLD_SIZE and LOCAL_RANK, which torchrun sets, or whoever starts ranks by hand."""
+    wanted = {"RANK", "WORLD_SIZE"} & os.environ.keys()
+    if os.environ.get("WORLD_SIZE", "1") != "1" or "RANK" in wanted:
+        wanted = {"RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}
+    lacking = sorted(wanted - os.environ.keys())
+    if lacking:
+        raise UserError(
+            f"{lacking[0]}: not set, though {', '.join(sorted(wanted & os.environ.keys()))} found; "
+            f"all of {', '.join(sorted(wanted))} expected, as torchrun sets them, or none"
+        )
+    size = _number("WORLD_SIZE", "1", 1, 1 << 30)
+    found = _number("RANK", "0", 0, size - 1), size, _number("LOCAL_RANK", "0", 0, size - 1)
+    if size > 1:
+        _number("MASTER_PORT", "", 1, 65535)
+        if "LOCAL_RANK" not in os.environ and torch.cuda.device_count() > 1:
+            raise UserError(
+                f"LOCAL_RANK: not set, 0 to {torch.cuda.device_count() - 1}, this rank's GPU, "
+                f"expected"
+            )
+    return found
+
+
+def _number(name: str, default: str, low: int, high: int) -> int:
+    text = os.environ.get(name, default)
+    if not (text.isascii() and text.isdigit() and low <= int(text) <= high):
+        expected = f"{low} to {high}" if high < 1 << 30 else "the number of ranks"
+        raise UserError(f"{name}: '{text}' found in the environment, {expected} expected")
+    return int(text)
+
+
 def start(world: World) -> None:
-    """Join torchrun's process group if there is one (gloo on CPU, nccl on CUDA)."""
+    """Join the other ranks if there are any (gloo on CPU, nccl on CUDA)."""
     if world.device.type == "cuda":
         torch.cuda.set_device(world.device)
     if world.size == 1:
         return
     cuda = world.device.type == "cuda"
+    store = _attempt_store(world) if dist.is_torchelastic_launched() else _join(world)
     dist.init_process_group(
         "nccl" if cuda else "gloo",
+        store=store,
+        rank=world.rank if store else -1,
+        world_size=world.size if store else -1,
         timeout=timedelta(minutes=30),
         device_id=world.device if cuda else None,
     )
-    global _hosts
+    global _hosts, _store
     _hosts = dist.new_group(backend="gloo")
+    # The store may be that of an earlier attempt, whose keys are still in it.
+    box = [f"retort-{time.time_ns()}"]
+    dist.broadcast_object_list(box, src=0, group=_hosts)
+    _store = dist.PrefixStore(box[0], dist.distributed_c10d._get_default_store())
+
+
+def shared_store() -> dist.Store:
+    """What all ranks of this attempt read and write, on a connection of its own: a wait on it holds
+    up nobody."""
+    store = _store.clone()
+    store.set_timeout(timedelta(seconds=5))
+    return store
+
+
+def _attempt_store(world: World) -> dist.Store | None:
+    """torchrun's store, with names of this attempt alone: after a restart the ranks would find the
+    addresses of those before them, and wait for these for ever. None under several torchruns, whose
+    counts of restarts differ; they need TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1."""
+    agents, ours = os.environ["GROUP_WORLD_SIZE"], os.environ.get("TORCHELASTIC_USE_AGENT_STORE")
+    if agents != "1" or ours != "True":
+        return None
+    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    store = dist.TCPStore(host, port, world.size, timeout=timedelta(minutes=30))
+    return dist.PrefixStore(f"attempt-{os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
+
+
+def _join(world: World) -> dist.Store:
+    """The store that rank 0 opens at MASTER_ADDR:MASTER_PORT, when every rank has come to it."""
+    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    where, deadline = f"MASTER_ADDR, MASTER_PORT: {host}:{port}", time.monotonic() + JOIN
+    nobody = f"{where} found without an answer for {JOIN:g} s, rank 0 expected there"
+    problem = ""
+    while world.rank:  # PyTorch would say each vain attempt in a page
+        try:
+            socket.create_connection((host, port), timeout=5).close()
+            break
+        except OSError as e:
+            problem = f" ({e.strerror or e})"
+        if time.monotonic() > deadline:
+            raise UserError(nobody + problem)
+        time.sleep(0.2)
+    made: list = []
+
+    def connect() -> None:
+        how = {"is_master": world.is_main, "wait_for_workers": False}
+        try:
+            made.append(dist.TCPStore(host, port, world.size, timeout=timedelta(0, JOIN), **how))
+        except dist.DistError as e:
+            made.append(e)
+
+    # In a thread: who listens there without being a store would have PyTorch wait for ever.
+    thread = threading.Thread(target=connect, daemon=True)
+    thread.start()
+    thread.join(max(0.0, deadline - time.monotonic()))
+    store = made[0] if made else None
+    if isinstance(store, dist.DistError) and "EADDRINUSE" in str(store):
+        raise UserError(f"{where} found in use by another process, a free port expected")
+    if not isinstance(store, dist.Store):
+        raise UserError(nobody + (f" ({str(store).splitlines()[0]})" if store else ""))
+    if store.add(f"come/{world.rank}", 1) > 1:
+        raise UserError(f"RANK: {world.rank} found twice at {host}:{port}, once expected")
+    missing = set(range(world.size))
+    while True:
+        missing = {r for r in missing if not store.check([f"come/{r}"])}
+        if not missing:
+            break
+        if time.monotonic() > deadline:
+            names = ", ".join(map(str, sorted(missing)[:8])) + (", ..." if len(missing) > 8 else "")
+            raise UserError(
+                f"WORLD_SIZE: {world.size - len(missing)} of {world.size} ranks found at "
+                f"{host}:{port} after {JOIN:g} s, all expected; missing: rank {names}"
+            )
+        time.sleep(0.05)
+    store.set_timeout(timedelta(minutes=30))
+    return store
 
 
 def stop() -> None:
     """Leave the process groups, together where all come: gloo's threads can end the process
-    ("terminate called without an active exception") if one rank leaves while another sends."""
-    if dist.is_initialized():
+    ("terminate called without an active exception") if one rank leaves while another sends.
+
+    To be called in a `finally`. With an error on its way the group is left as it is, since NCCL
+    would wait for ranks that wait for this one. The first such error is told to the other ranks'
+    watchdogs; what another rank gets to feel of it is no error of its own, and becomes Stopped."""
+    if not dist.is_initialized():
+        return
+    error = sys.exception()
+    if error is not None and not isinstance(error, Stopped):
+        told = first = f"rank {dist.get_rank()}: {error_line(error)}"
         with contextlib.suppress(Exception):  # the store's host may be gone
-            store, deadline = dist.distributed_c10d._get_default_store(), time.monotonic() + 2
-            store.add("left", 1)
-            while store.add("left", 0) < dist.get_world_size() and time.monotonic() < deadline:
+            first = _store.compare_set(FAILURE, "", told).decode()
+        if first != told and isinstance(error, RuntimeError):  # DistError, gloo's and NCCL's are
+            raise Stopped(1, f"stopped, since another rank failed: {first}")
+    else:
+        with contextlib.suppress(Exception):
+            deadline = time.monotonic() + 2
+            _store.add("left", 1)
+            while _store.add("left", 0) < dist.get_world_size() and time.monotonic() < deadline:
                 time.sleep(0.01)
         dist.destroy_process_group()
+
+
+def error_line(error: BaseException) -> str:
+    """Kind and first line of an error."""
+    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
 
 
 class StopSignals:

@@ -4,6 +4,8 @@ A hung rank leaves the others waiting in a collective, for half an hour by PyTor
 which then names the collective and not the rank. Here each rank's thread tells the others once a
 second where its run is; the first one to see no progress for `seconds` prints one line and
 every rank ends with exit code 4, for torchrun (`--max-restarts`) or a scheduler to begin it again.
+A rank that fails tells the others (`distributed.stop`), which end soon after it, whatever they
+wait for.
 
 Check: `pytest tests/faults/test_hangs.py`.
 """
@@ -16,14 +18,12 @@ import os
 import sys
 import threading
 import time
-from datetime import timedelta
 
-import torch.distributed as dist
-
-from distributed import World
+from distributed import FAILURE, World, shared_store
 
 HUNG = 4  # exit code
 PLACES = ("loading data", "computing", "evaluating", "saving")  # of a step, in this order
+GRACE = 10.0  # seconds in which a rank should feel by itself that another one has failed
 SILENT = 5  # missed messages after which a process counts as stopped, not as waiting
 
 
@@ -37,9 +37,7 @@ class Watchdog:
         self.over, self.begun = threading.Event(), time.time()
         self.store = None
         if world.size > 1 and seconds:
-            self.store = dist.PrefixStore("watchdog", dist.distributed_c10d._get_default_store())
-            self.store = self.store.clone()  # a connection of its own: a wait on it holds up nobody
-            self.store.set_timeout(timedelta(seconds=5))
+            self.store = shared_store()
 
     def watch(self, step: int, place: str) -> None:
         self.step, self.place, self.when = step, place, time.monotonic()
@@ -56,11 +54,16 @@ class Watchdog:
             self.thread.join()
 
     def _run(self) -> None:
+        failed = 0.0  # when another rank was seen to have failed
         while not self.over.wait(self.interval):
             if self.store is not None:
                 with contextlib.suppress(Exception):  # the store's host may be what is gone
                     here = json.dumps([self.step, PLACES.index(self.place), time.time()])
                     self.store.set(str(self.world.rank), here)
+                    if not failed and self.store.check([FAILURE]):
+                        failed = time.monotonic()
+                if failed and time.monotonic() - failed > GRACE:
+                    os._exit(1)  # that rank has said why
             if time.monotonic() - self.when > self.seconds:
                 self._end()
 
