@@ -8,6 +8,7 @@ import sys
 
 import numpy as np
 import pytest
+import xxhash
 from documents import BYTE, EOS, flat, random_documents, write
 
 import shards
@@ -16,6 +17,7 @@ from data import (
     ShardWriter,
     TokenDataset,
 )
+from shards import HEADER
 from tokenizer import load_tokenizer
 
 
@@ -76,6 +78,16 @@ def cut(path, change):
     path.write_bytes(raw[:change] if change < 0 else raw + bytes(change))
 
 
+def forge(path, field, value):
+    """A header that says something else, with the right checksum."""
+    raw = bytearray(path.read_bytes())
+    fields = list(HEADER.unpack_from(raw))
+    fields[field] = value
+    head = HEADER.pack(*fields)
+    raw[: len(head) + 8] = head + xxhash.xxh3_64_intdigest(head).to_bytes(8, "little")
+    path.write_bytes(raw)
+
+
 DAMAGE = {
     "truncated": (lambda shard, docs: cut(shard, -2), r"train-00000.bin: \d+ bytes, expected"),
     "over-long": (lambda shard, docs: cut(shard, 2), r"train-00000.bin: \d+ bytes, expected"),
@@ -89,6 +101,14 @@ DAMAGE = {
         lambda shard, docs: edit(shard, 28, 1),
         "train-00000.bin: the header is damaged",
     ),
+    "tokens": (
+        lambda shard, docs: forge(shard, 2, 10**6),
+        r"train-00000.bin: \d+ bytes, expected 2001024 for 1000000 tokens",
+    ),
+    "another dtype": (lambda shard, docs: forge(shard, 3, 4), r"train-00000.bin: \d+ bytes, exp"),
+    "no dtype": (lambda shard, docs: forge(shard, 3, 3), "train-00000.bin: the header is damaged"),
+    "documents": (lambda shard, docs: forge(shard, 9, 3), "train-00000.docs.npy: damaged"),
+    "vocabulary": (lambda shard, docs: forge(shard, 4, 99), r"vocab_size 257, .* have 99"),
     "missing": (lambda shard, docs: shard.unlink(), "train-00000.bin: missing"),
     "no sidecar": (lambda shard, docs: docs.unlink(), "train-00000.docs.npy: missing"),
     "sidecar bit": (lambda shard, docs: edit(docs, -8, 1), "train-00000.docs.npy: damaged"),
