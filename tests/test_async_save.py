@@ -25,7 +25,7 @@ import checkpoint as ckpt
 import tensor_files
 from async_save import Saver
 from config import UserError
-from distributed import SAVE_FAILED, StopSignals, World, stop
+from distributed import SAVE_FAILED, StopSignals, World, start, stop
 
 ALONE = World(0, 1, torch.device("cpu"))
 
@@ -146,10 +146,11 @@ def test_a_write_that_hangs_is_an_error(tmp_path, monkeypatch, gate):
 
 def two_ranks(rank: int, port: int, run: Path) -> None:
     torch.set_num_threads(1)
-    address = f"tcp://127.0.0.1:{port}"
-    dist.init_process_group("gloo", address, rank=rank, world_size=2)
-    mesh = init_device_mesh("cpu", (2,))
+    ranks = {"RANK": rank, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    os.environ.update({name: str(value) for name, value in ranks.items()})
     world = World(rank, 2, torch.device("cpu"))
+    start(world)
+    mesh = init_device_mesh("cpu", (2,))
     saver = Saver(world, background=True)
     ckpt.save_checkpoint(run / "sync", 8, sharded(mesh), {"a": 1}, rank=rank, world_size=2)
     write = ckpt.write_tensors
