@@ -223,9 +223,10 @@ def stop() -> None:
             raise Stopped(1, f"stopped, since another rank failed: {first}")
     else:
         with contextlib.suppress(Exception):
-            deadline = time.monotonic() + 2
-            _store.add("left", 1)
-            while _store.add("left", 0) < dist.get_world_size() and time.monotonic() < deadline:
+            deadline, store = time.monotonic() + 2, _store
+            store = store or dist.distributed_c10d._get_default_store()
+            store.add("left", 1)
+            while store.add("left", 0) < dist.get_world_size() and time.monotonic() < deadline:
                 time.sleep(0.01)
         dist.destroy_process_group()
 
