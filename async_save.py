@@ -59,11 +59,8 @@ class Saver:
         save = Save(Path(run_dir) / "checkpoints", step, keep, **ranks)
         save.begin(tensors, state)
         pieces = [p for file in save.files.values() for p in file]
-        try:
+        with save.whole_or_nothing():
             on_all_ranks(lambda: self.snapshot.take(pieces), save.tmp, self.world.size)
-        except Exception:
-            save.discard()
-            raise
         self.path = save.tmp
         self.thread = threading.Thread(target=self._run, args=(save,), daemon=True)
         self.thread.start()

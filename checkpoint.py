@@ -75,12 +75,9 @@ def save_checkpoint(
     """
     save = Save(Path(run_dir) / "checkpoints", step, keep, rank, world_size)
     save.begin(tensors, state)
-    try:
+    with save.whole_or_nothing():
         written = on_all_ranks(save.write, save.tmp, world_size)
         on_all_ranks(lambda: save.publish(written), save.tmp, world_size)
-    except Exception:
-        save.discard()
-        raise
     save.prune()
     return save.final
 
@@ -107,6 +104,16 @@ class Save:
     def tmp(self) -> Path:
         return self.folder / f"step-{self.step}.tmp"
 
+    @contextmanager
+    def whole_or_nothing(self) -> Iterator[None]:
+        """`discard` where what is done within fails; the error goes on. What ends the process, and
+        may come at any point, leaves the folder for the next save to clear."""
+        try:
+            yield
+        except Exception:
+            self.discard()
+            raise
+
     def begin(self, tensors: dict[str, Tensor], state: dict) -> None:
         """Make the folder and share out the tensors; nothing is left of it if this raises."""
         if self.keep < 2:
@@ -125,11 +132,8 @@ class Save:
                 self.tmp.mkdir()
             return local_plan(tensors, self.rank == 0)
 
-        try:
+        with self.whole_or_nothing():
             plans = on_all_ranks(prepare, self.tmp, self.world_size)
-        except Exception:
-            self.discard()
-            raise
         self.files = own_files(tensors, plans, self.rank, MAX_FILE_BYTES)
 
     def write(self) -> dict[str, dict]:

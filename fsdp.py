@@ -18,8 +18,9 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
-from config import DistillConfig, ModelConfig, TrainConfig, UserError, auto_share
+from config import DistillConfig, ModelConfig, TrainConfig, UserError
 from distributed import World, sum_gradients
+from layer_lists import auto_share
 from lora import LoRALinear
 from model import Transformer, is_fsdp
 from muon_shards import is_sharded

@@ -34,11 +34,12 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from config import Search, UserError, uniform_layers
+from config import Search, UserError
 from data import Batch, PackedLoader, eval_batches
 from distributed import World, sum_gradients
 from evaluate import Evaluator, eval_rows, inputs
 from hybrid_layers import convert_layers
+from layer_lists import uniform_layers
 from layers import sdpa_priority
 from losses import ce_head, kd_head
 from mixture import Mixture

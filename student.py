@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from config import DistillConfig, ModelConfig, StageConfig, UserError, auto_share, parse_layers
+from config import DistillConfig, ModelConfig, StageConfig, UserError
 from data import PackedLoader
 from distributed import World
 from evaluate import inputs
@@ -22,6 +22,7 @@ from hybrid_layers import (
     copy_mixers,
     mixer_parameters,
 )
+from layer_lists import auto_share, parse_layers
 from layers import Attention
 from lora import check_lora, is_lora
 from mixture import Mixture

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from cli import run_main
-from config import ModelConfig, PretrainConfig, UserError, parse_layers
+from config import ModelConfig, PretrainConfig, UserError
 from data import eval_batches, require_rows
 from distributed import World, compile_blocks, main_first, start, stop, this_process
 from evaluate import Evaluator, completions, eval_rows
@@ -21,6 +21,7 @@ from fast_tokenizer import Unsupported
 from fsdp import gathered, ranks_line, shard, wants_fsdp
 from hf import fingerprint, load_model, read_config, save_model, tokenizer_spec
 from hybrid_layers import convert_config, resolve_kernels, use_kernels
+from layer_lists import parse_layers
 from mixture import rows_line
 from model import Transformer
 from objectives import HeadObjective

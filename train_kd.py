@@ -18,7 +18,7 @@ import math
 import torch
 
 from cli import run_main
-from config import DistillConfig, UserError, auto_share
+from config import DistillConfig, UserError
 from data import eval_batches, require_rows
 from distributed import (
     broadcast,
@@ -40,6 +40,7 @@ from hybrid_layers import (
     restore_layers,
     use_kernels,
 )
+from layer_lists import auto_share
 from layers import attention_kernel
 from lora import FLAGS as LORA_FLAGS
 from lora import add_lora, lora_parameters, merge_lora, wants_lora

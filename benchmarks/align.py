@@ -32,11 +32,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.common import about, clock, show_profile
 from benchmarks.decode import SHAPES
-from config import DistillConfig, ModelConfig, parse_layers
+from config import DistillConfig, ModelConfig
 from data import Batch, pack_rows
 from distributed import compile_blocks, this_process
 from evaluate import inputs
 from hybrid_layers import convert_layers, resolve_kernels, use_kernels
+from layer_lists import parse_layers
 from metrics import console_table
 from model import Transformer
 from objectives import AlignObjective

@@ -25,11 +25,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.common import about
 from benchmarks.mixers import label, plot
-from config import ModelConfig, parse_layers
+from config import ModelConfig
 from distributed import compile_blocks
 from generate import Decoder, for_decoding
 from hf import load_model
 from hybrid_layers import convert_layers, resolve_kernels, set_kernels
+from layer_lists import parse_layers
 from layers import sdpa_priority
 from metrics import console_table
 from model import Transformer

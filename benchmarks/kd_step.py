@@ -45,10 +45,11 @@ from benchmarks.align import (
 )
 from benchmarks.common import about, show_profile
 from benchmarks.decode import SHAPES
-from config import ModelConfig, parse_layers
+from config import ModelConfig
 from flops import flops_per_token, mfu, peak_flops
 from hf import stock_type, to_hf_config
 from hybrid_layers import cast_trunk, convert_layers
+from layer_lists import parse_layers
 from metrics import console_table
 from objectives import HeadObjective
 from ops.float8_linear import float8_copy

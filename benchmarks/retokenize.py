@@ -11,16 +11,15 @@ packed.
 from __future__ import annotations
 
 import argparse
-import statistics
 import sys
 import tempfile
-import time
 from collections.abc import Callable
 from pathlib import Path
 from pydoc_data import topics
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from benchmarks.common import clock
 from data import TokenDataset, pack_rows
 from fast_tokenizer import Unsupported
 from retokenize import Retokenizer
@@ -31,12 +30,7 @@ from tokenizer import load_tokenizer
 def seconds(call: Callable, repeats: int) -> float:
     """The median over some calls, after one that is not counted."""
     call()
-    times = []
-    for _ in range(repeats):
-        begin = time.perf_counter()
-        call()
-        times.append(time.perf_counter() - begin)
-    return statistics.median(times)
+    return clock(call, "cpu", repeats)
 
 
 def main() -> None:

@@ -24,7 +24,8 @@ import yaml
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from config import ModelConfig, UserError, parse_layers
+from config import ModelConfig, UserError
+from layer_lists import parse_layers
 from scripts import report_page as page
 from scripts.report_page import BLACK, BLUE, GREEN, GREY, ORANGE, PURPLE, RED, Curve, Line
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import resource
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -106,6 +109,28 @@ def run_python(*argv: str, ranks: int = 0, check: bool = True, **kwargs):
     result = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, **kwargs)
     assert not check or result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
     return result
+
+
+@contextlib.contextmanager
+def own_session(words: list[str], file_bytes: int = 0, **how):
+    """A process in a session of its own, which is killed at the end with its group. It can write
+    files of `file_bytes` (0: any)."""
+
+    def prepare() -> None:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # a suite in the background ignores it
+        if file_bytes:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (file_bytes, file_bytes))
+
+    process = subprocess.Popen(
+        words, cwd=ROOT, text=True, start_new_session=True, preexec_fn=prepare,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, **how,
+    )  # fmt: skip
+    try:
+        yield process
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
 
 
 def metric_rows(run: str | Path, key: str = "loss") -> dict[int, float]:

@@ -11,7 +11,8 @@ import pytest
 from conftest import call_script
 
 import cli
-from config import DistillConfig, ModelConfig, PretrainConfig, UserError, parse_layers
+from config import DistillConfig, ModelConfig, PretrainConfig, UserError
+from layer_lists import parse_layers
 
 
 @pytest.mark.parametrize(

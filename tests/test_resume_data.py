@@ -6,17 +6,16 @@ import contextlib
 import fcntl
 import os
 import random
-import resource
 import shutil
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
 
 import pytest
 import zstandard
-from test_prepare_data import ROOT, SCRIPT, failure, prepare_data, run, write_jsonl, write_parquet
+from conftest import own_session
+from test_prepare_data import SCRIPT, failure, prepare_data, run, write_jsonl, write_parquet
 from test_tokenizer import make_folder
 
 from scripts import readers
@@ -208,26 +207,6 @@ def command(*args, workers=2):
     return [sys.executable, *map(str, (SCRIPT, *args, "--num_workers", workers))]
 
 
-@contextlib.contextmanager
-def started(words, file_bytes=0):
-    """The script in a session of its own, whose files can have `file_bytes` (0: any number)."""
-
-    def limit():
-        if file_bytes:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (file_bytes, file_bytes))
-
-    process = subprocess.Popen(
-        words, cwd=ROOT, text=True, start_new_session=True, preexec_fn=limit,
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-    )  # fmt: skip
-    try:
-        yield process
-    finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        process.communicate()
-
-
 def members(session: int) -> list[int]:
     """The processes of a session, zombies aside."""
     found = []
@@ -243,12 +222,12 @@ def test_a_disk_that_fills_up(tmp_path):
     path = write_jsonl(tmp_path / "a.jsonl", [f"text {i} " * 30 for i in range(20000)])
     out = tmp_path / "out"
     words = command(path, "--out", out, "--val_fraction", 0.1, workers=1)
-    with started(words, file_bytes=3_000_000) as process:
+    with own_session(words, file_bytes=3_000_000) as process:
         printed, err = process.communicate(timeout=60)
     assert process.returncode == 2 and not printed and err.count("\n") == 1, err
     assert "File too large; when that is mended, the same command goes on" in err
     assert not out.exists()
-    with started(words) as process:
+    with own_session(words) as process:
         process.communicate(timeout=60)
         assert process.returncode == 0
     assert run(path, "--out", tmp_path / "whole", "--val_fraction", 0.1) == 0
@@ -258,7 +237,7 @@ def test_a_disk_that_fills_up(tmp_path):
 
 def test_workers_of_a_killed_process_end(tmp_path):
     path = write_jsonl(tmp_path / "a.jsonl", [f"text {i} " * 30 for i in range(200_000)])
-    with started(command(path, "--out", tmp_path / "out")) as process:
+    with own_session(command(path, "--out", tmp_path / "out")) as process:
         deadline = time.time() + 60
         while len(members(process.pid)) < 4:  # two workers and what Python starts beside them
             assert process.poll() is None and time.time() < deadline
@@ -273,7 +252,7 @@ def test_workers_of_a_killed_process_end(tmp_path):
 
 def test_ctrl_c_is_one_line(tmp_path):
     path = write_jsonl(tmp_path / "a.jsonl", [f"text {i} " * 30 for i in range(200_000)])
-    with started(command(path, "--out", tmp_path / "out")) as process:
+    with own_session(command(path, "--out", tmp_path / "out")) as process:
         while not list((tmp_path / ".out.unfinished" / "data").glob("*.tmp")):  # it tokenises
             assert process.poll() is None
             time.sleep(0.01)

@@ -11,12 +11,13 @@ from conftest import call_script, run_python
 from kit import tiny_model
 from test_runs import kd_flags, weights
 
-from config import Search, UserError, auto_share, uniform_layers
+from config import Search, UserError
 from data import TokenDataset
 from distributed import World
 from evaluate import Evaluator
 from hf import load_model, read_config
 from hybrid_layers import convert_layers, copy_mixers, mixer_parameters, restore_layers
+from layer_lists import auto_share, uniform_layers
 from recall import Question, questions
 from search import answer_batches, choose_layers, made_softmax, pattern_table, uniform_pattern
 from tokenizer import load_tokenizer

@@ -9,9 +9,10 @@ import torch
 
 import trainer
 from benchmarks.decode import SHAPES
-from config import DistillConfig, ModelConfig, UserError, parse_layers
+from config import DistillConfig, ModelConfig, UserError
 from distributed import World
 from hybrid_layers import convert_config
+from layer_lists import parse_layers
 from stage_plan import plan_stage
 
 CUDA = World(0, 1, torch.device("cuda"))

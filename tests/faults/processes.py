@@ -5,15 +5,13 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import resource
-import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 
 import torch
-from conftest import ROOT
+from conftest import ROOT, own_session
 
 
 @contextlib.contextmanager
@@ -28,21 +26,8 @@ def running(
     threads = "1" if ranks else str(torch.get_num_threads())
     env = {**os.environ, "OMP_NUM_THREADS": threads, "CUDA_VISIBLE_DEVICES": ""}
 
-    def prepare() -> None:
-        signal.signal(signal.SIGINT, signal.SIG_DFL)  # a suite in the background ignores it
-        if file_bytes:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (file_bytes, file_bytes))
-
-    process = subprocess.Popen(
-        command, cwd=ROOT, env=env, text=True, start_new_session=True,
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, preexec_fn=prepare,
-    )  # fmt: skip
-    try:
+    with own_session(command, file_bytes, env=env) as process:
         yield process
-    finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        process.communicate()
 
 
 def wait_for_step(process: subprocess.Popen, run: Path, step: int) -> None:
