@@ -176,6 +176,17 @@ class StageConfig(Recipe):
     unique_tokens: int = opt(
         0, "align: cycle through so many tokens, keeping the teacher's outputs; 0 = off", low=0
     )
+    hidden_weight: float = opt(
+        1.0, "align: weight of the distance between attention outputs; 0 = off", low=0.0
+    )
+    heads_weight: float = opt(
+        0.0, "align: weight of the mean squared error of the heads, before o_proj; 0 = off", low=0.0
+    )
+    maps_weight: float = opt(
+        0.0,
+        "align: weight of the cross-entropy of attention maps (hedgehog_window); 0 = off",
+        low=0.0,
+    )
     repeat_rows: float = opt(
         0.0, "share of rows in which spans of their own text come again", low=0.0, high=1.0
     )
@@ -199,6 +210,8 @@ class StageConfig(Recipe):
         del found["tokens"], found["micro_batch"]
         if self.select_tokens == 1:
             del found["select_tokens"]
+        if (self.hidden_weight, self.heads_weight, self.maps_weight) == (1, 0, 0):
+            del found["hidden_weight"], found["heads_weight"], found["maps_weight"]
         return found
 
     def rows_per_step(self, name: str) -> int:

@@ -62,6 +62,7 @@ def conflict(cfg: TrainConfig) -> str:
         "--align_unique_tokens, which leaves the teacher out on some ranks": any(
             getattr(cfg, name).unique_tokens for name in cfg.stage_names()
         ),
+        "--align_maps_weight": cfg.align.maps_weight > 0 and "align" in cfg.stage_names(),
         "--teacher_float8": cfg.teacher_float8,
         "--trunk_dtype bfloat16": cfg.trunk_dtype != "float32",
     }

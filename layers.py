@@ -407,7 +407,10 @@ class Attention(nn.Module):
             found.append((at + inside) / math.log(2))
         return torch.stack(found)
 
-    def forward(self, x: Tensor, seq: SeqInfo, cache: LayerCache | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, seq: SeqInfo, cache: LayerCache | None = None, heads: bool = False
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """x [B, T, d] -> [B, T, d]; with `heads` also what went into o_proj, [B, T, H * D]."""
         q, k, v = self.rotated(x, seq)
         if cache is not None and seq.past is not None:
             out = cached_attention(q, *cache.append(k, v, seq, self.window), self.sink)
@@ -417,4 +420,5 @@ class Attention(nn.Module):
             out = softmax_attention(
                 q, k, v, seq, window=self.window, sink=self.sink, compiled=self.compiled
             )
-        return self.o_proj(out.flatten(-2))
+        mixed = out.flatten(-2)
+        return (self.o_proj(mixed), mixed) if heads else self.o_proj(mixed)

@@ -1,7 +1,8 @@
 """Every loss a trainer uses: heads on logits (`kd_head`, `ce_head`) and hidden-state alignment.
 
-The heads live in `ops/kd_head.py`, the choice of tokens in `ops/token_select.py`; both are
-re-exported, so that trainers import this file only.
+The heads live in `ops/kd_head.py`, the choice of tokens in `ops/token_select.py`, the comparison
+of attention maps in `ops/attention_maps.py`; all are re-exported, so that trainers import this file
+only.
 
     python -m pytest tests/test_losses.py
 """
@@ -11,6 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ops.attention_maps import map_cross_entropy, split_rows
 from ops.kd_head import IGNORE_INDEX, LOSSES, HeadOutput, ce_head, kd_head
 from ops.token_select import (
     excess_loss,
@@ -27,10 +29,13 @@ __all__ = [
     "align_loss",
     "ce_head",
     "excess_loss",
+    "heads_loss",
     "kd_head",
+    "map_cross_entropy",
     "num_selected",
     "relative_error",
     "select_tokens",
+    "split_rows",
     "spread_over_bytes",
     "token_losses",
 ]
@@ -95,6 +100,16 @@ def align_loss(
     if isinstance(normalizer, Tensor):
         return total / torch.where(normalizer == 0, 1, normalizer)
     return total / (normalizer or 1)
+
+
+def heads_loss(student: Tensor, teacher: Tensor, *, normalizer: float) -> Tensor:
+    """Sum over tokens of the mean squared difference of their channels, over normalizer; 0-d.
+
+    student, teacher [..., H * D]: the heads' outputs before o_proj. Gradients go to the student
+    only. In float32 at least. LoLCATs (arXiv 2410.10254) takes 1000 times its mean over tokens.
+    """
+    diff, _ = _difference(student, teacher, None)
+    return diff.square().sum() / (student.shape[-1] * normalizer)
 
 
 @torch.no_grad()

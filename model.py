@@ -81,25 +81,27 @@ class Block(nn.Module):
 
     def forward(
         self, h: Tensor, seq: SeqInfo, cache: LayerCache | None = None, tap: bool = False,
-        alone: bool = False,
-    ) -> Tensor | tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+        alone: bool = False, heads: bool = False,
+    ) -> Tensor | tuple:  # fmt: skip
         """h [B, T, d] -> h. With `tap` also the attention's input and output, both [B, T, d]; with
-        `alone` h is that input already, and its output is all."""
+        `alone` h is that input already, and its output is all. `heads`: for the output a pair, the
+        second of which is what went into o_proj."""
         if alone:
-            return self.attention(h, seq)
+            return self.attention(h, seq, heads=heads)
         if self.recompute == "none" or cache is not None or tap or not torch.is_grad_enabled():
-            return self.compute(h, seq, cache, tap)
+            return self.compute(h, seq, cache, tap, heads)
         return RUN[self.recompute](self.compute, h, seq)
 
     def compute(
-        self, h: Tensor, seq: SeqInfo, cache: LayerCache | None = None, tap: bool = False
-    ) -> Tensor | tuple[Tensor, Tensor, Tensor]:
+        self, h: Tensor, seq: SeqInfo, cache: LayerCache | None = None, tap: bool = False,
+        heads: bool = False,
+    ) -> Tensor | tuple:  # fmt: skip
         """`forward` without activation checkpointing."""
         normed = self.input_layernorm(h)
-        out = self.attention(normed, seq, cache)
-        h = h + out
+        found = self.attention(normed, seq, cache, heads)
+        h = h + (found[0] if heads else found)
         h = h + self.mlp(self.post_attention_layernorm(h))
-        return (h, normed, out) if tap else h
+        return (h, normed, found) if tap else h
 
 
 class Transformer(nn.Module):
@@ -244,9 +246,11 @@ class Transformer(nn.Module):
         cu_seqlens: Tensor | None = None,
         max_seqlen: int = 0,
         rows: int = 1,
-    ) -> Iterator[tuple[int, Tensor, Tensor, SeqInfo]]:
+        heads: bool = False,
+    ) -> Iterator[tuple[int, Tensor, Tensor | tuple[Tensor, Tensor], SeqInfo]]:
         """Run the blocks up to the last of `layers`, yielding (i, input, output, seq) of each one's
-        attention, [B, T, d] both, as soon as they are known, so nothing need be kept."""
+        attention, [B, T, d] both, as soon as they are known, so nothing need be kept. `heads`: for
+        the output a pair, the second of which is what went into o_proj."""
         sharded = is_fsdp(self)
         if sharded:
             self.unshard()  # what it does by itself when a model or a block is called
@@ -257,17 +261,17 @@ class Transformer(nn.Module):
         )  # fmt: skip
         last = max(layers)
         for i in range(last):
-            h, normed, out = self.layers[i](h, seq, None, True)  # one compiled graph for all
+            h, normed, out = self.layers[i](h, seq, None, True, False, heads)  # one graph for all
             if i in layers:
                 yield i, normed, out, seq
         block = self.layers[last]
         if sharded:
-            _, normed, out = block(h, seq, None, True)
+            _, normed, out = block(h, seq, None, True, False, heads)
             yield last, normed, out, seq
             return
         # Its MLP is not needed.
         normed = block.input_layernorm(h)
-        yield last, normed, block.attention(normed, seq), seq
+        yield last, normed, block.attention(normed, seq, None, heads), seq
 
     def new_cache(self, capacity: int = 0, *, static: bool = False) -> Cache:
         """An empty cache for generation; see `layers.Cache`."""

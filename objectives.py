@@ -25,9 +25,12 @@ from losses import (
     align_loss,
     ce_head,
     excess_loss,
+    heads_loss,
     kd_head,
+    map_cross_entropy,
     num_selected,
     select_tokens,
+    split_rows,
     spread_over_bytes,
     token_losses,
 )
@@ -150,7 +153,8 @@ class HeadObjective:
 
 
 class AlignObjective:
-    """Every converted layer gets the teacher's input to it and must give the teacher's output.
+    """Every converted layer gets the teacher's input to it and must give the teacher's output, or
+    heads, or attention map, as the stage's weights say.
 
     One teacher pass; each layer's backward runs as soon as its target is known, so memory is that
     of one layer. Layers do not influence each other: gradients are clipped per mixer. Never
@@ -165,16 +169,18 @@ class AlignObjective:
         self,
         student: Transformer,
         teacher: Transformer,
+        stage: StageConfig,
         layers: list[int],
         world: World,
         *,
         keep: bool = False,
     ):
         self.student, self.teacher, self.layers, self.world = student, teacher, layers, world
+        self.stage, self.heads = stage, stage.heads_weight > 0
         self.saved = mixer_parameters(student, layers)  # what a checkpoint has to hold
         self.params = {n: p for n, p in self.saved.items() if p.requires_grad}
         self.mixers = self.params.keys()
-        self.held: dict[int, dict[int, tuple[Tensor, Tensor]]] | None = {} if keep else None
+        self.held: dict[int, dict[int, tuple[Tensor, ...]]] | None = {} if keep else None
 
     def backward(
         self, batches: list[Batch], count: Tensor, alone_until: Callable[[], None] = lambda: None
@@ -185,9 +191,7 @@ class AlignObjective:
         sums: dict[str, Tensor] = {}
         for batch in batches:
             for i, normed, target, seq in no_grad_iter(self._taps(batch)):
-                block = self.student.layers[i]
-                out = block(normed, seq, alone=True) if sharded else block.attention(normed, seq)
-                loss = align_loss(out, target, normalizer=tokens)
+                loss = self._loss(i, normed, target, seq, tokens)
                 (loss * self.world.size if sharded else loss).backward()
                 name = f"layer_{i}"
                 sums[name] = sums.get(name, 0) + loss.detach()
@@ -199,10 +203,38 @@ class AlignObjective:
         sums["loss"] = sum(sums.values()) / len(self.layers)
         return sums
 
-    def _taps(self, batch: Batch) -> Iterator[tuple[int, Tensor, Tensor, SeqInfo]]:
+    def _loss(self, i: int, normed: Tensor, target, seq: SeqInfo, tokens: int) -> Tensor:
+        """A layer's share of the mean over `tokens`. target: the output, or (output, heads)."""
+        stage, block = self.stage, self.student.layers[i]
+        how = {"heads": self.heads}
+        sharded = is_fsdp(self.student)
+        out = (
+            block(normed, seq, alone=True, **how)
+            if sharded
+            else block.attention(normed, seq, **how)
+        )
+        out, mixed = out if self.heads else (out, None)
+        target, heads = target if self.heads else (target, None)
+        parts = []
+        if stage.hidden_weight:
+            parts.append(stage.hidden_weight * align_loss(out, target, normalizer=tokens))
+        if stage.heads_weight:
+            parts.append(stage.heads_weight * heads_loss(mixed, heads, normalizer=tokens))
+        if stage.maps_weight:
+            theirs = self.teacher.layers[i].self_attn
+            with torch.no_grad():
+                q, k, _ = theirs.rotated(normed, seq)
+            q, k, positions = (split_rows(x, seq.rows) for x in (q, k, seq.positions))
+            mine = block.attention.log_maps(normed, seq)
+            loss = map_cross_entropy(mine, q, k, positions, window=theirs.window)
+            parts.append(stage.maps_weight / (tokens * q.shape[2]) * loss)
+        return sum(parts)
+
+    def _taps(self, batch: Batch) -> Iterator[tuple[int, Tensor, Tensor | tuple, SeqInfo]]:
         """(layer, input, target, seq): from the teacher, or from what was kept of it."""
+        how = {"layers": self.layers, "heads": self.heads}
         if self.held is None:
-            yield from self.teacher.attention_taps(**inputs(batch), layers=self.layers)
+            yield from self.teacher.attention_taps(**inputs(batch), **how)
             return
         rows = [self.held.get(row) for row in batch.sample_ids]
         dtype = self.teacher.embed_tokens.weight.dtype
@@ -212,18 +244,19 @@ class AlignObjective:
             del where["input_ids"]
             seq = self.student.seq_info(shape[1], dtype=dtype, **where)
             for i in self.layers:
-                x, y = (torch.cat([row[i][k] for row in rows]).view(shape) for k in (0, 1))
-                yield i, x.to(dtype), y.to(dtype), seq
+                kept = zip(*(row[i] for row in rows), strict=True)
+                x, *y = (torch.cat(part).view(shape).to(dtype) for part in kept)
+                yield i, x, tuple(y) if self.heads else y[0], seq
             return
         new: list[dict] = [{} for _ in rows]
-        taps = self.teacher.attention_taps(**inputs(batch), layers=self.layers)
-        for i, x, y, seq in taps:
+        for i, x, y, seq in self.teacher.attention_taps(**inputs(batch), **how):
             # Rounded also the first time, or a resumed run would differ from an uninterrupted one.
-            x, y = x.bfloat16(), y.bfloat16()
-            parts = (t.reshape(len(rows), -1, t.shape[-1]) for t in (x, y))
-            for row, a, b in zip(new, *parts, strict=True):
-                row[i] = (a.clone(), b.clone())
-            yield i, x.to(dtype), y.to(dtype), seq
+            x, *y = (t.bfloat16() for t in (x, *(y if self.heads else (y,))))
+            parts = (t.reshape(len(rows), -1, t.shape[-1]) for t in (x, *y))
+            for row, *kept in zip(new, *parts, strict=True):
+                row[i] = tuple(t.clone() for t in kept)
+            y = [t.to(dtype) for t in y]
+            yield i, x.to(dtype), tuple(y) if self.heads else y[0], seq
         self.held.update(zip(batch.sample_ids, new, strict=True))
 
     def clip(self, max_norm: float) -> Tensor:

@@ -20,6 +20,7 @@ from hybrid_layers import (
     convert_config,
     convert_layers,
     copy_mixers,
+    mixer_class,
     mixer_parameters,
 )
 from layer_lists import auto_share, parse_layers
@@ -39,6 +40,36 @@ def mixer_shape(cfg: DistillConfig) -> dict:
     """The flags that shape new mixers."""
     names = ("linear_rope", "linear_gate", "linear_conv", "linear_feature_map", "linear_window")
     return {name: getattr(cfg, name) for name in names}
+
+
+def check_align_loss(cfg: DistillConfig, student: ModelConfig, teacher: ModelConfig) -> None:
+    """UserError for weights of the align loss that these layers cannot be compared by."""
+    names = ("hidden_weight", "heads_weight", "maps_weight")
+    for stage in cfg.stage_names():
+        found, plain = getattr(cfg, stage), StageConfig()
+        odd = [n for n in names if getattr(found, n) != getattr(plain, n)]
+        if stage != "align" and odd:
+            value = getattr(found, odd[0])
+            raise UserError(f"--{stage}_{odd[0]}: {value:g} found, which is for the stage align")
+    if "align" not in cfg.stage_names():
+        return
+    stage, mixers = cfg.align, [mixer_class(name) for name in student.mixer]
+    if not any(getattr(stage, n) for n in names):
+        raise UserError("--align_hidden_weight: no loss at all found, some weight expected")
+    scaled = [m.name for m in mixers if m.scales_o_proj]  # sliding windows are no mixers here
+    if stage.heads_weight and scaled and cfg.transfer.scale and cfg.calibrate_tokens:
+        raise UserError(
+            f"--align_heads_weight: {stage.heads_weight:g} found, but the calibration scales each "
+            f"head of {scaled[0]} in o_proj; --transfer_scale false expected"
+        )
+    others = [m.name for m in mixers if not m.has_maps]
+    if stage.maps_weight and (others or not mixers):
+        raise UserError(
+            f"--align_maps_weight: {stage.maps_weight:g} found, which needs the mixer "
+            f"hedgehog_window, {others[0] if others else 'sliding_window'} found"
+        )
+    if stage.maps_weight and teacher.attention_sink:
+        raise UserError("--align_maps_weight: a teacher with attention sinks found, none expected")
 
 
 def preflight(cfg: DistillConfig) -> tuple[list[int], str, ModelConfig, bool]:
@@ -95,6 +126,7 @@ def preflight(cfg: DistillConfig) -> tuple[list[int], str, ModelConfig, bool]:
             )
         if not layers:
             raise UserError("--layers: none found, align needs at least one converted layer")
+    check_align_loss(cfg, source, config)
     for name in cfg.stage_names():
         if not layers and getattr(cfg, name).train in ("mixers", "feature_maps"):
             raise UserError(f"--layers: none found, but {name} trains mixers (--{name}_train)")
@@ -198,13 +230,16 @@ def calibrate(
 
 
 def set_trainable(student: Transformer, stage: StageConfig, layers: list[int]) -> None:
-    """Which parameters the stage trains."""
+    """Which parameters the stage trains, none that its loss does not depend on."""
     mixers = mixer_parameters(student, layers)
+    idle = (
+        set() if stage.hidden_weight else {"o_proj"} if stage.heads_weight else {"o_proj", "v_proj"}
+    )
     parts = {
         "all": lambda name: True, "mixers": lambda name: name in mixers, "lora": is_lora,
         "feature_maps": lambda name: name in mixers and bool(FEATURE_PARTS & set(name.split("."))),
     }  # fmt: skip
     for name, p in student.named_parameters():
-        p.requires_grad_(parts[stage.train](name))
+        p.requires_grad_(parts[stage.train](name) and not idle & set(name.split(".")))
     if not any(p.requires_grad for p in student.parameters()):
         raise UserError(f"--stages: a stage trains {stage.train} found, but no layer has any")

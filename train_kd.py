@@ -252,7 +252,7 @@ def distil(cfg: DistillConfig, argv: list[str]) -> None:
         set_trainable(student, plan.stage, layers)
         if plan.name == "align":
             keep = bool(plan.stage.unique_tokens)
-            objective = AlignObjective(student, teacher, layers, world, keep=keep)
+            objective = AlignObjective(student, teacher, plan.stage, layers, world, keep=keep)
         else:
             objective = HeadObjective(student, guide, plan.stage, world, layers, first)
         train_stage(

@@ -40,6 +40,8 @@ class LinearMixer(nn.Module, ABC):
     grouped: ClassVar[bool] = False  # whether there may be more value heads than key heads
     keeps_norms: ClassVar[bool] = False  # whether it has the teacher's q/k-norms, not folded
     gate_optional: ClassVar[bool] = False  # whether it can be without its output gate
+    scales_o_proj: ClassVar[bool] = True  # whether `calibrate` does
+    has_maps: ClassVar[bool] = False  # whether its weights are an attention map: `log_maps`
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -119,8 +121,12 @@ class LinearMixer(nn.Module, ABC):
         """FLOPs of the recurrence of one token, over all heads."""
         return 2 * self.passes * self.num_value_heads * self.key_dim * self.value_dim
 
-    def forward(self, x: Tensor, seq: SeqInfo, cache: LayerCache | None = None) -> Tensor:
-        return self.o_proj(self.mix(x, seq, cache))
+    def forward(
+        self, x: Tensor, seq: SeqInfo, cache: LayerCache | None = None, heads: bool = False
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """The output [B, T, d]; with `heads` also what went into o_proj, [B, T, J * V]."""
+        mixed = self.mix(x, seq, cache)
+        return (self.o_proj(mixed), mixed) if heads else self.o_proj(mixed)
 
     def mix(self, x: Tensor, seq: SeqInfo, cache: LayerCache | None = None) -> Tensor:
         """Everything but o_proj: [B, T, J * V]."""

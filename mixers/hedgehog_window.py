@@ -15,13 +15,16 @@ Shapes: B batch, T time, d hidden size, H heads, K key size, V value size, F fea
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
 from config import ModelConfig, Transfer, UserError
 from layers import RMSNorm, SeqInfo, apply_rope
 from mixers.base import LinearMixer, at_least_float32
-from ops.hedgehog_window import KERNELS, step_hedgehog_window
+from ops.attention_maps import split_rows
+from ops.hedgehog_window import KERNELS, log_weights_hedgehog_window, step_hedgehog_window
 
 
 class HeadwiseMap(nn.Module):
@@ -45,6 +48,8 @@ class HedgehogWindow(LinearMixer):
     kernels = KERNELS
     step = staticmethod(step_hedgehog_window)
     keeps_norms = True
+    scales_o_proj = False
+    has_maps = True
 
     def __init__(self, config: ModelConfig):
         super().__init__(config)
@@ -82,6 +87,19 @@ class HedgehogWindow(LinearMixer):
 
     def finish(self, o: Tensor, x: Tensor, aux: object) -> Tensor:
         return o.flatten(-2)
+
+    def log_maps(self, x: Tensor, seq: SeqInfo) -> Callable[[int, Tensor], Tensor]:
+        """What `ops.attention_maps.map_cross_entropy` takes, for x [B, T, d]."""
+        args, _, _ = self.inputs(x, seq, {}, False)
+        q, k = (split_rows(args[name], seq.rows) for name in "qk")
+        options = self.options()
+
+        def weights(begin: int, mask: Tensor) -> Tensor:
+            queries, keys = mask.shape[-2:]
+            part = q[:, begin : begin + queries], k[:, :keys]
+            return log_weights_hedgehog_window(*part, mask, **options)
+
+        return weights
 
     def recurrence_flops(self) -> int:
         """Both signs of the features in the linear part, and the softmax of the window."""

@@ -112,6 +112,26 @@ def window_weights(scores: Tensor, mask: Tensor) -> Tensor:
     return (scores - scores.amax(-1, keepdim=True)).exp()
 
 
+def log_weights_hedgehog_window(
+    q: Tensor, k: Tensor, mask: Tensor, map_q: Tensor, map_k: Tensor, gamma: Tensor, *,
+    window: int, scale: float | None = None,
+) -> Tensor:  # fmt: skip
+    """log a_ij of the C last of S tokens, for attention maps: [B, H, C, S] in float32 at least.
+    q [B, C, H, K], k [B, S, H, K]; mask [B, C, S] bool: what may be seen at all, and without
+    which the weights are not defined."""
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    dtype = state_dtype(q)
+    q, k, map_q, map_k, gamma = (x.to(dtype) for x in (q, k, map_q, map_k, gamma))
+    with torch.autocast(q.device.type, enabled=False):
+        scores = scale * torch.einsum("bihk,bjhk->bhij", q, k)
+        linear = torch.einsum("bihm,bjhm->bhij", features(q, map_q), features(k, map_k))
+        near = torch.ones_like(mask[0]).tril(k.shape[1] - q.shape[1])
+        near = (mask & near & ~near.tril(k.shape[1] - q.shape[1] - window))[:, None]
+        most = scores.masked_fill(~near, -torch.inf).amax(-1, keepdim=True)
+        softmax = scores - most + gamma.log()[:, None, None]
+        return torch.where(near, softmax, linear.clamp(min=torch.finfo(dtype).tiny).log())
+
+
 def chunk_hedgehog_window(
     q: Tensor,
     k: Tensor,

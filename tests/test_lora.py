@@ -111,9 +111,13 @@ def test_a_stage_trains_adapters_alone(tiny_teacher, tiny_data, tmp_path, capsys
     assert all(p.equal(resumed[name]) for name, p in done.items())
 
 
-def test_feature_maps_alone(tiny_teacher, tiny_data, tmp_path):
+LOLCATS = ("--align_hidden_weight=0", "--align_heads_weight=1000", "--align_maps_weight=1")
+
+
+@pytest.mark.parametrize("loss", [(), LOLCATS], ids=["hidden", "heads and maps"])
+def test_feature_maps_alone(tiny_teacher, tiny_data, tmp_path, loss):
     """LoLCATs' first stage; resumed inside it the rest of the mixer is as calibrated."""
-    more = ("--mixer=hedgehog_window", "--align_train=feature_maps", "--stages=align",
+    more = (*loss, "--mixer=hedgehog_window", "--align_train=feature_maps", "--stages=align",
             "--linear_window=8", "--save_every=10", "--keep_checkpoints=9")  # fmt: skip
     for name, rest in (("a", ()), ("start", ("--align_lr=0",))):
         flags = kd_flags(tiny_teacher, tiny_data, tmp_path, name, *more, *rest)
@@ -159,3 +163,17 @@ def test_wrong_flags_are_refused(tiny_teacher, tiny_data, tmp_path, refused):
     dropout = ("--lora_dropout=0.1", "--activation_checkpointing=full")
     assert "--lora_dropout" in refused("train_kd", *flags, *LORA, *dropout)
     assert "feature_maps" in refused("train_kd", *flags, "--align_train=feature_maps")
+
+
+def test_attention_transfer_that_cannot_be_is_refused(tiny_teacher, tiny_data, tmp_path, refused):
+    flags = kd_flags(tiny_teacher, tiny_data, tmp_path, "x")
+    for more, line in (
+        (("--align_hidden_weight=0",), "--align_hidden_weight: no loss"),
+        (("--align_maps_weight=1",), "--align_maps_weight: 1 found"),
+        (("--align_maps_weight=1", "--mixer=sliding_window"), "sliding_window found"),
+        (("--align_heads_weight=9",), "--transfer_scale false expected"),
+        (("--distill_heads_weight=9",), "--distill_heads_weight: 9 found"),
+        ((*LOLCATS, "--mixer=hedgehog_window", "--align_unique_tokens=0", "--parallel=fsdp"),
+         "--align_maps_weight"),
+    ):  # fmt: skip
+        assert line in refused("train_kd", *flags, *more), more

@@ -16,6 +16,7 @@ from distributed import World
 from hybrid_layers import convert_layers
 from model import Transformer
 from objectives import AlignObjective, HeadObjective
+from student import set_trainable
 
 ONE = World(0, 1, torch.device("cpu"))
 LAYERS = [1, 2]
@@ -67,7 +68,9 @@ def test_align_gives_every_layer_the_teachers_input_and_output(teacher, data):
         for i, j in zip(LAYERS, source, strict=True):
             student.layers[i].linear_attn = copy.deepcopy(teacher.layers[j].self_attn)
             student.layers[i].linear_attn.requires_grad_(True)
-        sums = AlignObjective(student, teacher, LAYERS, ONE).backward(batches, count(batches))
+        sums = AlignObjective(student, teacher, StageConfig(), LAYERS, ONE).backward(
+            batches, count(batches)
+        )
         losses = [sums[f"layer_{i}"].item() for i in LAYERS]
         assert max(losses) < 1e-12 if right else min(losses) > 1e-2
 
@@ -76,7 +79,7 @@ def test_align_layers_are_independent(teacher, data):
     """Ruining one mixer changes nothing for the other."""
     student = make_student(teacher)
     batches = [pack_rows(data, [1], 40, True)]
-    objective = AlignObjective(student, teacher, LAYERS, ONE)
+    objective = AlignObjective(student, teacher, StageConfig(), LAYERS, ONE)
     _, before = gradients(objective, batches)
     with torch.no_grad():
         student.layers[1].linear_attn.o_proj.weight.mul_(-3)
@@ -92,10 +95,10 @@ def test_align_layers_are_independent(teacher, data):
 
 def test_kept_rows_give_what_the_teacher_gave(teacher, data):
     student = make_student(teacher)
-    objective = AlignObjective(student, teacher, LAYERS, ONE, keep=True)
+    objective = AlignObjective(student, teacher, StageConfig(), LAYERS, ONE, keep=True)
     first = gradients(objective, [pack_rows(data, [0, 3], 40, True)])
     assert sorted(objective.held) == [0, 3]
-    broken = AlignObjective(student, None, LAYERS, ONE, keep=True)
+    broken = AlignObjective(student, None, StageConfig(), LAYERS, ONE, keep=True)
     broken.teacher, broken.held = copy.deepcopy(teacher), objective.held
     broken.teacher.layers = None  # must not be asked again
     again = gradients(broken, [pack_rows(data, [3, 0], 40, True)])  # in another order
@@ -106,12 +109,74 @@ def test_kept_rows_give_what_the_teacher_gave(teacher, data):
 
 def test_align_does_not_depend_on_micro_batches(teacher, data):
     student = make_student(teacher)
-    objective = AlignObjective(student, teacher, LAYERS, ONE)
+    objective = AlignObjective(student, teacher, StageConfig(), LAYERS, ONE)
     whole = gradients(objective, [pack_rows(data, [0, 1, 2, 3], 40, True)])
     split = gradients(objective, [pack_rows(data, [i], 40, True) for i in range(4)])
     assert whole[0]["loss"] == pytest.approx(split[0]["loss"].item(), rel=1e-12)
     for name, grad in whole[1].items():
         assert_close_rms(split[1][name], grad, 1e-9, name)
+
+
+WEIGHTS = {
+    "heads": {"hidden_weight": 0, "heads_weight": 1000.0},
+    "maps": {"hidden_weight": 0, "maps_weight": 2.0},
+    "sum": {"hidden_weight": 0.5, "heads_weight": 3.0, "maps_weight": 0.25},
+}
+
+
+@pytest.mark.parametrize("weights", WEIGHTS.values(), ids=WEIGHTS)
+@pytest.mark.parametrize("doc_mask", [True, False], ids=["packed", "rows"])
+def test_attention_transfer_losses(teacher, data, weights, doc_mask):
+    """A window as long as the row is the teacher: nothing is lost. A shorter one loses, however
+    rows are split and whether the teacher's part was kept; and the sum is the sum."""
+    stage = StageConfig(**weights)
+    how = {"mixer": "hedgehog_window"}
+    rows = [pack_rows(data, [0, 3], 40, doc_mask)]
+    for window, right in ((40, True), (4, False)):
+        student = convert_layers(teacher, LAYERS, linear_window=window, **how).double()
+        set_trainable(student, stage, LAYERS)
+        objective = AlignObjective(student, teacher, stage, LAYERS, ONE)
+        found, grads = gradients(objective, rows)
+        assert found["loss"].abs() < 1e-9 if right else found["loss"] > 1e-3
+    names = {name.split(".", 3)[-1] for name in grads}
+    assert ("o_proj.weight" in names) == bool(weights["hidden_weight"])
+    assert ("v_proj.weight" in names) == ("heads_weight" in weights)
+    assert {"q_proj.weight", "feature_map_k.weight", "window_factors"} < names
+    assert all(grad.any() for grad in grads.values())
+    split = gradients(objective, [pack_rows(data, [i], 40, doc_mask) for i in (0, 3)])
+    kept = AlignObjective(student, teacher, stage, LAYERS, ONE, keep=True)
+    first, again = gradients(kept, rows), gradients(kept, rows)  # in bfloat16, both times
+    assert first[0]["loss"].item() == pytest.approx(found["loss"].item(), rel=2e-2)
+    for name, grad in grads.items():
+        assert_close_rms(split[1][name], grad, 1e-9, name)
+        assert_close_rms(again[1][name], first[1][name], 1e-9, name)
+    if len(weights) < 3:
+        return
+    parts = dict.fromkeys(grads, 0)
+    for name, weight in weights.items():
+        one = StageConfig(**{"hidden_weight": 0, name: weight})
+        set_trainable(student, one, LAYERS)
+        one = AlignObjective(student, teacher, one, LAYERS, ONE)
+        parts |= {n: parts[n] + g for n, g in gradients(one, rows)[1].items()}
+    for name, grad in grads.items():
+        assert_close_rms(grad, parts[name], 1e-9, name)
+
+
+def test_the_heads_are_those_before_o_proj(teacher, data):
+    """1000 times the mean squared error, by hand."""
+    student = convert_layers(teacher, LAYERS, linear_window=4, mixer="hedgehog_window").double()
+    batch = pack_rows(data, [0, 3], 40, False)
+    stage = StageConfig(hidden_weight=0, heads_weight=1000.0)
+    set_trainable(student, stage, LAYERS)
+    objective = AlignObjective(student, teacher, stage, LAYERS, ONE)
+    sums, _ = gradients(objective, [batch])
+    for i, x, _, seq in teacher.attention_taps(batch.input_ids, layers=LAYERS):
+        seen = []
+        soft = teacher.layers[i].self_attn
+        with soft.o_proj.register_forward_pre_hook(lambda _, args, seen=seen: seen.append(args[0])):
+            soft(x, seq)
+        want = 1000 * (student.layers[i].linear_attn.mix(x, seq) - seen[0]).square().mean()
+        assert sums[f"layer_{i}"].item() == pytest.approx(want.item(), rel=1e-6)
 
 
 @pytest.mark.parametrize("kd_weight", [1.0, 0.0], ids=["distill", "cross-entropy"])
