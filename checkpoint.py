@@ -35,7 +35,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from config import UserError
 from distributed import on_all_ranks
-from tensor_files import Piece, local_plan, own_files, write_tensors
+from tensor_files import Piece, file_entry, local_plan, own_files, write_tensors
 
 logger = logging.getLogger(__name__)
 
@@ -43,7 +43,6 @@ MANIFEST = "manifest.json"
 STATE = "state.json"
 FORMAT_VERSION = 1
 MAX_FILE_BYTES = 2 << 30
-HASH_CHUNK_BYTES = 8 << 20
 STEP_FOLDER = re.compile(r"step-(\d+)")
 # Files that some loader would unpickle, which runs code. `.metadata` is DCP's own pickle.
 PICKLES = (".metadata", ".pt", ".pth", ".pkl", ".pickle", ".bin", ".ckpt", ".distcp")
@@ -141,7 +140,7 @@ class Save:
         found = {n: write_tensors(self.tmp / n, pieces) for n, pieces in self.files.items()}
         if self.rank == 0:
             _write_text(self.tmp / STATE, self.state)
-            found[STATE] = _fingerprint(self.tmp / STATE)
+            found[STATE] = file_entry(self.tmp / STATE)
         return found
 
     def publish(self, written: list[dict[str, dict]]) -> None:
@@ -180,7 +179,7 @@ def verify_checkpoint(path: str | Path) -> str | None:
         if problem is not None:
             return problem
         for name, expected in files.items():
-            found = _fingerprint(path / name)["xxh3_64"]
+            found = file_entry(path / name)["xxh3_64"]
             if found != expected["xxh3_64"]:
                 return f"{name} is damaged: checksum {found}, expected {expected['xxh3_64']}"
     except OSError as error:  # a failing disk gives read errors, not wrong bytes
@@ -385,14 +384,6 @@ def _remove(path: Path) -> None:
 
 
 # Checking
-
-
-def _fingerprint(path: Path) -> dict:
-    digest = xxhash.xxh3_64()
-    with open(path, "rb") as file:
-        while chunk := file.read(HASH_CHUNK_BYTES):
-            digest.update(chunk)
-    return {"size": path.stat().st_size, "xxh3_64": digest.hexdigest()}
 
 
 def _manifest_bytes(step: int, files: dict[str, dict]) -> bytes:

@@ -129,14 +129,14 @@ def load_config(cls, flags: dict[str, str], preset: str | Path | None):
             stage = getattr(cfg, name)
             if cfg.context_len:
                 stage.seq_len = cfg.context_len
-            if name != "align":
+            if name not in ("align", "block"):
                 stage.use_muon |= cfg.use_muon
                 stage.select_tokens = min(stage.select_tokens, cfg.select_tokens)
-        if cfg.align.select_tokens < 1:
-            raise UserError(
-                f"--align_select_tokens: {cfg.align.select_tokens:g} found, 1 expected: align has "
-                f"a target for every token"
-            )
+            elif stage.select_tokens < 1:
+                raise UserError(
+                    f"--{name}_select_tokens: {stage.select_tokens:g} found, 1 expected: {name} "
+                    f"has a target for every token"
+                )
         for name in cfg.stage_names():
             getattr(cfg, name).rows_per_step(name)
     elif cfg.reference and cfg.select_tokens == 1:

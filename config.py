@@ -262,12 +262,13 @@ class Search:
     window: int = opt(64, "tokens that the scorer window leaves a layer's attention", low=1)
 
 
-STAGES = ("align", "distill", "long")
+STAGES = ("align", "block", "distill", "long")
 # The published recipe (arXiv 2512.20569); presets override it.
 _STAGE_DEFAULTS = {
     "align": dict(
         tokens=100_000_000, lr=1e-3, min_lr_ratio=0.01, train="mixers", batch_tokens=49_152
     ),
+    "block": dict(tokens=20_000_000, lr=1e-4, train="lora", batch_tokens=49_152),
     "distill": dict(
         tokens=600_000_000, seq_len=4096, batch_tokens=131_072, lr=7e-6, mixer_lr=1e-4,
         schedule="constant",
@@ -416,7 +417,14 @@ class DistillConfig(TrainConfig):
     lora_targets: str = opt("q,k,v,o", "projections of attention that get adapters")
     transfer: Transfer = field(default_factory=Transfer, metadata={"group": "transfer"})
     search: Search = field(default_factory=Search, metadata={"group": "search"})
-    stages: str = opt("align,distill", "stages to run, in order: align, distill, long")
+    stages: str = opt("align,distill", "stages to run, in order: align, block (--cria), distill, "
+                      "long")  # fmt: skip
+    cria: int = opt(0, "distil blocks of so many layers alone, from saved inputs, in align and "
+                    "block; 0 = off", low=0)  # fmt: skip
+    cria_step: str = opt("all", "what of --cria to do in this process",
+                         choices=("all", "shard", "collect", "train", "stitch"))  # fmt: skip
+    cria_block: int = opt(-1, "train: this block alone; -1 = all that nobody else is at", low=-1)
+    cria_resident: int = opt(0, "collect: the teacher's blocks in memory at once; 0 = all", low=0)
     share_trunk: str = opt("auto", "one copy of the frozen trunk for teacher and student; "
                            "auto = when only mixers train", choices=("auto", "false"))  # fmt: skip
     teacher_float8: bool = opt(False, "distill and long: the teacher's matmuls in float8")
@@ -424,6 +432,7 @@ class DistillConfig(TrainConfig):
                            "optimizer state", choices=("float32", "bfloat16"))  # fmt: skip
     use_muon: bool = opt(False, "Muon in distill and long")
     align: StageConfig = stage_field("align")
+    block: StageConfig = stage_field("block")
     distill: StageConfig = stage_field("distill")
     long: StageConfig = stage_field("long")
 
@@ -435,6 +444,8 @@ class DistillConfig(TrainConfig):
             raise UserError(
                 f"--stages: '{self.stages}' found, some of {','.join(STAGES)}, in order, expected"
             )
+        if "block" in names and not self.cria:
+            raise UserError(f"--stages: {self.stages} found; block is of --cria, which is 0")
         return names
 
 

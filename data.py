@@ -53,6 +53,7 @@ class Batch:
     sample_ids: list[int]  # the R row numbers
     row_valid: list[int] = field(default_factory=list)  # num_valid, row by row
     retokenized: Retokenized | None = None  # see retokenize.py
+    hidden: torch.Tensor | None = None  # [.., d], where a block's input was saved: see cria.py
 
     def to(self, device) -> Batch:
         device = torch.device(device)
@@ -245,7 +246,8 @@ class PackedLoader:
         self._samples += self.rows_per_step
         return batches
 
-    def _build(self, first: int) -> list[Batch]:
+    def step_rows(self, first: int) -> np.ndarray:
+        """Row numbers [micro-batches, rows] of this rank's step that begins with sample `first`."""
         at = first - self._ahead_from
         if not 0 <= at <= len(self._ahead) - self.rows_per_step:
             samples = np.arange(first, first + max(AHEAD, self.rows_per_step))
@@ -255,10 +257,15 @@ class PackedLoader:
             rows = rows[np.argsort(hashed(np.arange(first, first + len(rows))))]
         if self._select is not None:
             rows = self._select[rows]
-        rows = rows[self.rank :: self.world_size].reshape(-1, self.micro_batch)
-        how, also = (self.doc_mask, self.repeat, self.seed), self.dataset.retokenize
-        batches = (pack(self.source, micro, *how) for micro in rows)
-        return list(map(also, batches) if also else batches)
+        return rows[self.rank :: self.world_size].reshape(-1, self.micro_batch)
+
+    def batch_of(self, rows) -> Batch:
+        """Some rows, as the loader hands them out."""
+        batch = pack(self.source, rows, self.doc_mask, self.repeat, self.seed)
+        return self.dataset.attach(batch) if self.dataset.attach else batch
+
+    def _build(self, first: int) -> list[Batch]:
+        return [self.batch_of(rows) for rows in self.step_rows(first)]
 
     def _fill(self, ready: queue.Queue, stop: threading.Event, first: int) -> None:
         item = None

@@ -36,6 +36,7 @@ from hybrid_layers import resolve_kernels, use_kernels
 from layers import sdpa_priority
 from losses import ce_head, kd_head
 from metrics import console_table, git_commit
+from mixers.hedgehog_window import BRANCHES, HedgehogWindow
 from model import Transformer
 from prompts import IN_RUN, PROMPTS
 from recall import TASKS, Question, answer_all, questions, rates
@@ -142,8 +143,9 @@ def _exp(x: float) -> float:
 
 def inputs(batch: Batch) -> dict:
     """A batch as the model's arguments."""
+    start = {"input_ids": batch.input_ids} if batch.hidden is None else {"hidden": batch.hidden}
     return {
-        "input_ids": batch.input_ids,
+        **start,
         "positions": batch.position_ids if batch.cu_seqlens is not None else None,
         "cu_seqlens": batch.cu_seqlens,
         "max_seqlen": batch.max_seqlen,
@@ -337,6 +339,15 @@ def load_checked(
     return model
 
 
+def set_branch(model: Transformer, branch: str) -> None:
+    """Let one part of every hedgehog_window speak alone."""
+    found = [m for m in model.modules() if isinstance(m, HedgehogWindow)]
+    if branch != "both" and not found:
+        raise UserError(f"--branch: {branch} found, a model with hedgehog_window expected")
+    for mixer in found:
+        mixer.branch = branch
+
+
 def evaluate(args) -> dict:
     """What eval.json holds."""
     from hf import tokenizer_spec
@@ -361,6 +372,7 @@ def evaluate(args) -> dict:
         if not folder:
             continue
         models[who] = load_checked(folder, device, kind, prompt)
+    set_branch(models["student"], args.branch)
     result = {
         "model": args.model, "teacher": args.teacher or None, "device": args.device, "dtype": kind,
         "commit": git_commit(), "command": "python evaluate.py " + shlex.join(args.argv),
@@ -399,6 +411,10 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--recall_depths", type=float, nargs="+", default=depths)
     parser.add_argument("--recall_samples", type=int, default=8, help="of each length and depth")
     parser.add_argument("--sample_tokens", type=int, default=0, help="of completions; 0 = none")
+    parser.add_argument(
+        "--branch", default="both", choices=BRANCHES,
+        help="of hedgehog_window: its sliding window or its linear attention alone, in the student",
+    )  # fmt: skip
     parser.add_argument("--out", default="", help="folder for eval.json and eval.md; empty = none")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16"))

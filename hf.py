@@ -15,6 +15,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
@@ -175,15 +176,18 @@ def fingerprint(folder: str | Path) -> str:
     return digest.hexdigest()
 
 
-def read_weights(folder: str | Path) -> dict[str, Tensor]:
-    """All tensors of `model.safetensors` or of the files its index names, by file key."""
+def read_weights(
+    folder: str | Path, wanted: Callable[[str], bool] = lambda name: True
+) -> dict[str, Tensor]:
+    """The wanted tensors of `model.safetensors` or of the files its index names, by file key;
+    `wanted` is asked for names as of our parameters."""
     folder = Path(folder)
     index = folder / "model.safetensors.index.json"
     if index.is_file():
         names = _read_json(index).get("weight_map")
         if not names:
             raise UserError(f"{index}: no weight_map found")
-        files = sorted(set(names.values()))
+        files = sorted({file for key, file in names.items() if wanted(our_name(key))})
     else:
         files = ["model.safetensors"]
     tensors = {}
@@ -193,12 +197,22 @@ def read_weights(folder: str | Path) -> dict[str, Tensor]:
             raise UserError(f"{folder}: no {name}; safetensors weights expected (pickles never)")
         try:
             with safe_open(path, "pt") as f:
-                tensors.update({key: f.get_tensor(key) for key in f.keys()})  # noqa: SIM118
+                keys = [key for key in f.keys() if wanted(our_name(key))]  # noqa: SIM118
+                tensors.update({key: f.get_tensor(key) for key in keys})
         except Exception as e:  # safetensors raises its own class, not an OSError
             if type(e).__name__ != "SafetensorError":
                 raise
             raise UserError(f"{path}: not a whole safetensors file ({e})") from None
     return tensors
+
+
+def our_name(key: str) -> str:
+    """A parameter's name, from its key in a file."""
+    return key.removeprefix("model.")
+
+
+def file_key(name: str) -> str:
+    return name if name.startswith("lm_head.") else f"model.{name}"
 
 
 def load_model(
@@ -211,7 +225,7 @@ def load_model(
     with torch.device("meta"):
         model = Transformer(config)
     wanted = dict(model.state_dict())
-    found = {key.removeprefix("model."): t for key, t in read_weights(folder).items()}
+    found = {our_name(key): t for key, t in read_weights(folder).items()}
     if kind in HYBRIDS:
         found = hf_hybrids.from_weights(found, config, kind, folder)
     tensors = {}
@@ -373,33 +387,38 @@ def save_model(
     kind = (stock_type(model.config) or "retort") if format == "auto" else format
     if reason := FORMATS[kind](model.config):
         raise UserError(f"--format {kind}: {reason}")
+    state = stored_state(model, kind, dtype)
+    if kind in HYBRIDS:
+        state = hf_hybrids.to_weights(state, model.config, kind)
+    stored = dtype or model.embed_tokens.weight.dtype
+    write_folder(folder, model.config, kind, stored, state.items(), tokenizer_from)
+    return kind
+
+
+def write_folder(
+    folder: str | Path, config: ModelConfig, kind: str, dtype: torch.dtype,
+    tensors: Iterable[tuple[str, Tensor]], tokenizer_from: str | Path,
+) -> None:  # fmt: skip
+    """A model folder of format `kind` from (name, tensor) pairs, of which few are held at once.
+    dtype: what config.json says."""
     folder = Path(folder)
     tmp = folder.with_name(folder.name + ".tmp")
     shutil.rmtree(tmp, ignore_errors=True)
     tmp.mkdir(parents=True)
-    stored = dtype or model.embed_tokens.weight.dtype
     if kind == "retort":
-        raw = {"model_type": "retort", "retort": dataclasses.asdict(model.config)}
+        raw = {"model_type": "retort", "retort": dataclasses.asdict(config)}
     else:
-        raw = to_hf_config(model.config, kind, stored)
+        raw = to_hf_config(config, kind, dtype)
     if not _copy_tokenizer(Path(tokenizer_from).expanduser(), tmp, kind):
         raw["retort_tokenizer"] = str(tokenizer_from)
     (tmp / "config.json").write_text(json.dumps(raw, indent=2) + "\n")
-    state = stored_state(model, kind, dtype)
-    if kind in HYBRIDS:
-        state = hf_hybrids.to_weights(state, model.config, kind)
-    tensors = {}
-    for name, tensor in state.items():
-        key = name if name.startswith("lm_head.") else f"model.{name}"
-        tensors[key] = tensor.contiguous()
-    _write_weights(tensors, tmp)
+    _write_weights(((file_key(name), t.contiguous()) for name, t in tensors), tmp)
     old = folder.with_name(folder.name + ".old")
     if folder.exists():
         shutil.rmtree(old, ignore_errors=True)
         folder.rename(old)
     tmp.rename(folder)
     shutil.rmtree(old, ignore_errors=True)
-    return kind
 
 
 def _copy_tokenizer(source: Path, folder: Path, kind: str) -> bool:
@@ -431,25 +450,33 @@ def _set_tokenizer_class(path: Path) -> None:
     path.write_text(json.dumps(raw, indent=2) + "\n")
 
 
-def _write_weights(tensors: dict[str, Tensor], folder: Path) -> None:
+def _write_weights(tensors: Iterable[tuple[str, Tensor]], folder: Path) -> None:
     """One safetensors file, or shards of at most SHARD_BYTES with an index."""
-    shards: list[dict[str, Tensor]] = [{}]
-    held = 0
-    for key, tensor in tensors.items():
+    files: list[list[str]] = []  # the keys of each
+    shard: dict[str, Tensor] = {}
+    held = total = 0
+
+    def flush() -> None:
+        path = folder / f"model-{len(files) + 1:05d}.safetensors"
+        save_file(shard, path, metadata={"format": "pt"})
+        files.append(list(shard))
+        shard.clear()
+
+    for key, tensor in tensors:
         size = tensor.numel() * tensor.element_size()
-        if shards[-1] and held + size > SHARD_BYTES:
-            shards.append({})
+        if shard and held + size > SHARD_BYTES:
+            flush()
             held = 0
-        shards[-1][key] = tensor
-        held += size
-    if len(shards) == 1:
-        save_file(shards[0], folder / "model.safetensors", metadata={"format": "pt"})
+        shard[key] = tensor
+        held, total = held + size, total + size
+    flush()
+    if len(files) == 1:
+        (folder / "model-00001.safetensors").rename(folder / "model.safetensors")
         return
-    names, total = {}, 0
-    for i, shard in enumerate(shards):
-        name = f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
-        save_file(shard, folder / name, metadata={"format": "pt"})
-        names.update(dict.fromkeys(shard, name))
-        total += sum(t.numel() * t.element_size() for t in shard.values())
+    names = {}
+    for i, keys in enumerate(files):
+        name = f"model-{i + 1:05d}-of-{len(files):05d}.safetensors"
+        (folder / f"model-{i + 1:05d}.safetensors").rename(folder / name)
+        names.update(dict.fromkeys(keys, name))
     index = {"metadata": {"total_size": total}, "weight_map": names}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")

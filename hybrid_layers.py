@@ -146,8 +146,12 @@ def convert_layers(
     student.config = config
     for i, name in zip(layers, names, strict=True):
         block = student.layers[i]
-        mixer = build_mixer(name, config).to(next(teacher.parameters()).device)
-        mixer.from_attention(teacher.layers[i].self_attn, transfer)
+        device = next(teacher.parameters()).device
+        mixer = build_mixer(name, config).to(device)
+        # What is random is a layer's own, whichever others are converted beside it.
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+            torch.manual_seed(torch.initial_seed() + teacher.first_layer + i)
+            mixer.from_attention(teacher.layers[i].self_attn, transfer)
         del block.self_attn
         block.kind = config.layer_types[i]
         setattr(block, "linear_attn" if block.kind == "linear_attention" else "self_attn", mixer)
@@ -259,15 +263,16 @@ def use_kernels(model: nn.Module, kernels: dict[str, str], device: torch.device)
 
 @torch.no_grad()
 def check_transfer(
-    teacher: nn.Module, student: nn.Module, layers: list[int], input_ids: Tensor,
-    most: float = 1e-3,
+    teacher: nn.Module, student: nn.Module, layers: list[int], input_ids: Tensor | None = None,
+    most: float = 1e-3, hidden: Tensor | None = None,
 ) -> dict[int, float]:  # fmt: skip
     """Compare q, k, v of teacher and student per head right after projection, before conv, norm
-    and RoPE. Returns layer -> worst relative error; raises RuntimeError when a head is not the
+    and RoPE, on input_ids [1, T] or from the first block's input, hidden [1, T, d]. Returns
+    layer -> worst relative error; raises RuntimeError when a head is not the
     teacher's (above `most`) or a parameter of the mixer was left unset (not finite).
     """
     worst = {}
-    for i, normed, _, _ in teacher.attention_taps(input_ids, layers=layers):
+    for i, normed, _, _ in teacher.attention_taps(input_ids, layers=layers, hidden=hidden):
         soft, linear = teacher.layers[i].self_attn, student.layers[i].attention
         normed = normed.float()
         for name, p in linear.named_parameters():

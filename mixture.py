@@ -57,10 +57,10 @@ class Mixture:
     parts, weights   the data sets and their relative shares of the rows
     num_tokens       of all parts
     fingerprint      over the content of all parts; of one: its own
-    retokenize       what a loader does with every batch: see retokenize.py; None: nothing
+    attach           what a loader does with every batch: see retokenize.py, cria.py; None: nothing
     """
 
-    retokenize = None
+    attach = None
 
     def __init__(
         self, parts: dict[str, TokenDataset], weights: Sequence[Fraction], packing="concatenate"

@@ -98,7 +98,8 @@ class Block(nn.Module):
     ) -> Tensor | tuple:  # fmt: skip
         """`forward` without activation checkpointing."""
         normed = self.input_layernorm(h)
-        found = self.attention(normed, seq, cache, heads)
+        more = {"heads": True} if heads else {}  # what stands in for an attention need not know it
+        found = self.attention(normed, seq, cache, **more)
         h = h + (found[0] if heads else found)
         h = h + self.mlp(self.post_attention_layernorm(h))
         return (h, normed, found) if tap else h
@@ -107,6 +108,8 @@ class Block(nn.Module):
 class Transformer(nn.Module):
     """The decoder. `forward` returns normed hidden states; logits are hidden @ head_weight.T,
     which the losses form in chunks of tokens."""
+
+    first_layer = 0  # of a larger model, that block 0 is (cria.py)
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -140,6 +143,10 @@ class Transformer(nn.Module):
             nn.init.normal_(block.mlp.down_proj.weight, std=small)
 
     @property
+    def device(self) -> torch.device:
+        return next(self.parameters()).device
+
+    @property
     def head_weight(self) -> Tensor:
         """[vocab, d], tied or not; gathered where FSDP2 has cut it."""
         if is_fsdp(self):
@@ -158,7 +165,7 @@ class Transformer(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> SeqInfo:
         """Positions, rotations and document bounds of one forward; see `layers.SeqInfo`."""
-        device = self.embed_tokens.weight.device
+        device = self.device
         past = None if cache is None else cache.lengths
         if past is not None:
             assert cu_seqlens is None, "packed prompts found, an empty cache expected"
@@ -174,7 +181,7 @@ class Transformer(nn.Module):
         lengths, mask = None, None
         if cu_seqlens is not None:
             kernel = attention_kernel(
-                device, dtype or self.embed_tokens.weight.dtype, packed=True,
+                device, dtype or next(self.parameters()).dtype, packed=True,
                 sink=self.config.attention_sink, compiled=self.compiled,
             )  # fmt: skip
             if kernel == "segments":
@@ -239,9 +246,10 @@ class Transformer(nn.Module):
 
     def attention_taps(
         self,
-        input_ids: Tensor,
+        input_ids: Tensor | None = None,
         *,
         layers: list[int],
+        hidden: Tensor | None = None,
         positions: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
         max_seqlen: int = 0,
@@ -250,11 +258,12 @@ class Transformer(nn.Module):
     ) -> Iterator[tuple[int, Tensor, Tensor | tuple[Tensor, Tensor], SeqInfo]]:
         """Run the blocks up to the last of `layers`, yielding (i, input, output, seq) of each one's
         attention, [B, T, d] both, as soon as they are known, so nothing need be kept. `heads`: for
-        the output a pair, the second of which is what went into o_proj."""
+        the output a pair, the second of which is what went into o_proj. `hidden`: the first
+        block's input instead of tokens."""
         sharded = is_fsdp(self)
         if sharded:
             self.unshard()  # what it does by itself when a model or a block is called
-        h = self.embed(input_ids)
+        h = self.embed(input_ids) if hidden is None else hidden
         seq = self.seq_info(
             h.shape[1], positions=positions, cu_seqlens=cu_seqlens, max_seqlen=max_seqlen,
             rows=rows, dtype=h.dtype,

@@ -193,7 +193,7 @@ class AlignObjective:
             for i, normed, target, seq in no_grad_iter(self._taps(batch)):
                 loss = self._loss(i, normed, target, seq, tokens)
                 (loss * self.world.size if sharded else loss).backward()
-                name = f"layer_{i}"
+                name = f"layer_{self.student.first_layer + i}"
                 sums[name] = sums.get(name, 0) + loss.detach()
         if sharded:
             average_whole_gradients(self.params.values(), self.world)
@@ -237,11 +237,12 @@ class AlignObjective:
             yield from self.teacher.attention_taps(**inputs(batch), **how)
             return
         rows = [self.held.get(row) for row in batch.sample_ids]
-        dtype = self.teacher.embed_tokens.weight.dtype
+        dtype = next(self.teacher.parameters()).dtype
         shape = (*batch.input_ids.shape, -1)
         if None not in rows:
             where = inputs(batch)
-            del where["input_ids"]
+            for name in {"input_ids", "hidden"} & where.keys():
+                del where[name]
             seq = self.student.seq_info(shape[1], dtype=dtype, **where)
             for i in self.layers:
                 kept = zip(*(row[i] for row in rows), strict=True)
@@ -266,6 +267,37 @@ class AlignObjective:
             mixer = self.student.layers[i].attention
             norms.append(clip_grad_norm(mixer.parameters(), max_norm))
         return torch.stack(norms).max()
+
+
+class BlockObjective:
+    """Consecutive layers of the student against the teacher's, both from the teacher's input to the
+    first one: the distance of the residual streams behind the last (`losses.align_loss`)."""
+
+    def __init__(self, student: Transformer, teacher: Transformer, layers: list[int]):
+        self.student, self.teacher = student, teacher
+        mixers = mixer_parameters(student, layers)
+        self.mixers = mixers.keys()
+        self.params = {n: p for n, p in student.named_parameters() if p.requires_grad}
+        self.saved = self.params | mixers | lora_parameters(student)
+
+    def backward(
+        self, batches: list[Batch], count: Tensor, alone_until: Callable[[], None] = lambda: None
+    ) -> dict[str, Tensor]:
+        """As AlignObjective.backward, of one rank."""
+        total = torch.zeros_like(count)
+        tokens = len(batches) * batches[0].input_ids.numel()
+        for batch in batches:
+            with torch.no_grad():
+                target = self.teacher(**inputs(batch))
+            loss = align_loss(self.student(**inputs(batch)), target, normalizer=tokens)
+            loss.backward()
+            total += loss.detach()
+        alone_until()
+        return {"loss": total}
+
+    def clip(self, max_norm: float) -> Tensor:
+        """Clip all gradients together; returns their norm."""
+        return clip_grad_norm(self.params.values(), max_norm)
 
 
 def no_grad_iter(items: Iterator) -> Iterator:

@@ -48,7 +48,7 @@ class TokenDataset:
     """
 
     weights, packing = (1,), "concatenate"
-    retokenize = None  # what a loader does with every batch: see retokenize.py
+    attach = None  # what a loader does with every batch: see mixture.Mixture
 
     def __init__(
         self,

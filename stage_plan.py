@@ -10,9 +10,11 @@ from dataclasses import dataclass
 import torch
 
 from config import ModelConfig, StageConfig, TrainConfig, UserError
+from data import require_rows
 from distributed import World
 from flops import kept_bytes
 from fsdp import wants_fsdp
+from mixture import Mixture
 from model import Transformer
 
 MICRO_BATCH_TOKENS = 32_768  # where memory is not known
@@ -44,6 +46,17 @@ class StagePlan:
             f"{self.micro_batch} rows x {s.seq_len} tokens; trains {s.train}, lr {s.lr:g}"
             + (f", mixers {s.mixer_lr:g}" if s.mixer_lr else "")
         )
+
+
+def set_length(plan: StagePlan, cfg: TrainConfig, data: Mixture) -> None:
+    """Refuse data that a step cannot be made of, and apply --epochs."""
+    stage = plan.stage
+    require_rows(data, stage.seq_len, plan.rows)
+    if cfg.epochs:
+        tokens = data.num_tokens
+        if cfg.packing == "best_fit":
+            tokens = sum(data.rows(stage.seq_len).sizes) * stage.seq_len
+        plan.set_tokens(int(cfg.epochs * tokens), cfg.max_steps)
 
 
 def micro_batch_tokens(

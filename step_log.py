@@ -102,7 +102,7 @@ def flop_rates(run: Run, plan: StagePlan, student: Transformer, teacher) -> dict
     """FLOPs per token by PaLM's formula and as really needed, and the device's peak."""
     seq = plan.stage.seq_len
     config = student.config
-    kind = plan.name if plan.name in ("align", "distill", "long") else "pretrain"
+    kind = "distill" if plan.name == "block" else plan.name
     uses_teacher = kind == "align" or plan.stage.kd_weight > 0 or plan.stage.select_tokens < 1
     return {
         "model": model_flops_per_token(config, seq, num_matmul_params=matmul_params(config)),

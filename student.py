@@ -6,6 +6,7 @@ Check: `pytest tests/test_runs.py tests/test_transfer.py`.
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import torch
@@ -14,7 +15,7 @@ from config import DistillConfig, ModelConfig, StageConfig, UserError
 from data import PackedLoader
 from distributed import World
 from evaluate import inputs
-from hf import DTYPES, load_model, read_config, tokenizer_spec
+from hf import DTYPES, fingerprint, load_model, read_config, tokenizer_spec
 from hybrid_layers import (
     cast_trunk,
     convert_config,
@@ -25,10 +26,12 @@ from hybrid_layers import (
 )
 from layer_lists import auto_share, parse_layers
 from layers import Attention
-from lora import check_lora, is_lora
+from lora import FLAGS as LORA_FLAGS
+from lora import check_lora, is_lora, wants_lora
 from mixture import Mixture
 from model import Transformer
 from search import uniform_pattern
+from stage_plan import StagePlan
 from tokenizer import load_tokenizer
 from trainer import Run, check_run_folder
 
@@ -204,6 +207,41 @@ def build_models(
     return teacher, source, student.train(), shared
 
 
+def search_identity(cfg: DistillConfig) -> dict:
+    """The settings of the search; without what older checkpoints lack where it plays no part."""
+    found = dataclasses.asdict(cfg.search) | {"layers": cfg.layers}
+    if cfg.search.scorer != "window":
+        del found["window"]
+    return found
+
+
+def run_identity(cfg, layers, convert, plans: list[StagePlan], data: Mixture, dtype) -> dict:
+    """What a continuation must have in common with the run it continues."""
+    stages = {plan.name: plan.stage.identity() for plan in plans}
+    return {
+        "script": "train_kd", "teacher": fingerprint(cfg.teacher),
+        "student": fingerprint(cfg.student) if cfg.student else "", "layers": layers,
+        **({"mixer": cfg.mixer, **mixer_shape(cfg)} if convert else {}),
+        **({"search": search_identity(cfg)} if convert and auto_share(cfg.layers) is not None
+           else {}),
+        **({name: getattr(cfg, name) for name in LORA_FLAGS} if wants_lora(cfg) else {}),
+        "aligned": fingerprint(cfg.aligned) if cfg.aligned else "", **data.identity(),
+        "seed": cfg.seed, "dtype": str(dtype), "trunk_dtype": cfg.trunk_dtype,
+        "teacher_float8": cfg.teacher_float8, "doc_mask": cfg.doc_mask,
+        "calibrate_tokens": cfg.calibrate_tokens if convert else 0, "stages": stages,
+        "transfer": dataclasses.asdict(cfg.transfer) if convert else {},
+    }  # fmt: skip
+
+
+def calibration_loader(cfg: DistillConfig, data: Mixture) -> PackedLoader:
+    """Its first step is the training rows that mixers are fitted on."""
+    seq_len = min(512, cfg.calibrate_tokens)
+    rows = max(1, cfg.calibrate_tokens // seq_len)
+    return PackedLoader(
+        data, seq_len=seq_len, rows_per_step=rows, micro_batch=rows, seed=cfg.seed, prefetch=0
+    )
+
+
 @torch.no_grad()
 def calibrate(
     run: Run, source: Transformer, student: Transformer, layers: list[int], data: Mixture
@@ -211,13 +249,7 @@ def calibrate(
     """Fit decays, gates and output scales to the layers replaced, on a few training rows; layer ->
     relative error afterwards."""
     parts = run.cfg.transfer
-    seq_len = min(512, run.cfg.calibrate_tokens)
-    rows = max(1, run.cfg.calibrate_tokens // seq_len)
-    loader = PackedLoader(
-        data, seq_len=seq_len, rows_per_step=rows, micro_batch=rows, seed=run.cfg.seed, prefetch=0
-    )
-    batch = loader.next_step()[0].to(run.world.device)
-    loader.close()
+    batch = calibration_loader(run.cfg, data).next_step()[0].to(run.world.device)
     errors = {}
     with run.amp():
         for i, normed, target, seq in source.attention_taps(**inputs(batch), layers=layers):

@@ -25,6 +25,7 @@ from config import UserError
 from muon_shards import local
 
 CHUNK_BYTES = 1 << 20  # written and hashed at once
+HASH_CHUNK_BYTES = 8 << 20
 BLOCK_BYTES = 256 << 20  # of a Snapshot; torch rounds pinned memory up to powers of two
 DTYPES = {
     torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
@@ -87,6 +88,15 @@ def own_files(
         offsets = list(item.tensor_data.chunk.offsets)
         files.setdefault(file, []).append(Piece(name, offsets, local(tensors[name]).detach()))
     return files
+
+
+def file_entry(path: Path) -> dict:
+    """Size and xxh3_64 of a file, as `write_tensors` returns them."""
+    digest = xxhash.xxh3_64()
+    with open(path, "rb") as file:
+        while chunk := file.read(HASH_CHUNK_BYTES):
+            digest.update(chunk)
+    return {"size": path.stat().st_size, "xxh3_64": digest.hexdigest()}
 
 
 def write_tensors(path: Path, pieces: list[Piece]) -> dict:

@@ -124,7 +124,7 @@ def pretrain(cfg: PretrainConfig, argv: list[str]) -> None:
     start(world)
     dtype = set_up_torch(cfg, world)
     data, train_data, val_data = main_first(world, lambda: open_data(cfg, tokenizer, build=True))
-    train_data.retokenize = retokenizer
+    train_data.attach = retokenizer
     seq_len = cfg.context_len or 512
     held_out = eval_batches(
         val_data, seq_len=seq_len, max_tokens=cfg.eval_tokens, doc_mask=cfg.doc_mask,

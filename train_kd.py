@@ -5,21 +5,22 @@
     torchrun --nproc_per_node 8 train_kd.py --layers 3:1 --data data/fineweb
 
 Stages: align (every converted layer against the softmax layer it replaces), distill (the whole
-student against the teacher's predictions), long (cross-entropy at long context).
+student against the teacher's predictions), long (cross-entropy at long context). With --cria also
+block (blocks of layers, each alone against the teacher's): see cria.py.
 Without --config: configs/smollm2.yaml on CUDA, configs/smollm2-cpu.yaml elsewhere.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import math
 
 import torch
 
+import cria
 from cli import run_main
 from config import DistillConfig, UserError
-from data import eval_batches, require_rows
+from data import eval_batches
 from distributed import (
     broadcast,
     choose_device,
@@ -31,7 +32,7 @@ from distributed import (
 )
 from evaluate import Evaluator, completions, eval_rows, zeroed_attention
 from fsdp import gathered, ranks_line, shard, wants_fsdp
-from hf import DTYPES, fingerprint, save_model
+from hf import DTYPES, save_model
 from hybrid_layers import (
     cast_trunk,
     check_transfer,
@@ -42,17 +43,16 @@ from hybrid_layers import (
 )
 from layer_lists import auto_share
 from layers import attention_kernel
-from lora import FLAGS as LORA_FLAGS
 from lora import add_lora, lora_parameters, merge_lora, wants_lora
-from mixture import Mixture, rows_line
+from mixture import rows_line
 from model import Transformer, is_fsdp
 from objectives import AlignObjective, HeadObjective
 from ops.float8_linear import float8_copy, supports_float8
 from prompts import IN_RUN, PROMPTS
 from recompute import set_recompute
 from search import FILE, choose_layers, pattern_table, read_choice, write_choice
-from stage_plan import StagePlan, plan_stage
-from student import build_models, calibrate, mixer_shape, preflight, set_trainable
+from stage_plan import plan_stage, set_length
+from student import build_models, calibrate, preflight, run_identity, set_trainable
 from tokenizer import load_tokenizer
 from trainer import (
     Run,
@@ -135,12 +135,7 @@ def distil(cfg: DistillConfig, argv: list[str]) -> None:
     data, train_data, val_data = main_first(world, lambda: open_data(cfg, tokenizer, build=True))
 
     for plan in plans:
-        require_rows(train_data, plan.stage.seq_len, plan.rows)
-        if cfg.epochs:
-            tokens = train_data.num_tokens
-            if cfg.packing == "best_fit":
-                tokens = sum(train_data.rows(plan.stage.seq_len).sizes) * plan.stage.seq_len
-            plan.set_tokens(int(cfg.epochs * tokens), cfg.max_steps)
+        set_length(plan, cfg, train_data)
     teacher, source, student, shared = build_models(cfg, layers, convert, world, dtype, fsdp)
     kernel_line = use_kernels(student, kernels, world.device)
     use_kernels(
@@ -282,32 +277,6 @@ def select(run, share, student, teacher, layers, train_data, val_data, tokenizer
     return found
 
 
-def search_identity(cfg: DistillConfig) -> dict:
-    """The settings of the search; without what older checkpoints lack where it plays no part."""
-    found = dataclasses.asdict(cfg.search) | {"layers": cfg.layers}
-    if cfg.search.scorer != "window":
-        del found["window"]
-    return found
-
-
-def run_identity(cfg, layers, convert, plans: list[StagePlan], data: Mixture, dtype) -> dict:
-    """What a continuation must have in common with the run it continues."""
-    stages = {plan.name: plan.stage.identity() for plan in plans}
-    return {
-        "script": "train_kd", "teacher": fingerprint(cfg.teacher),
-        "student": fingerprint(cfg.student) if cfg.student else "", "layers": layers,
-        **({"mixer": cfg.mixer, **mixer_shape(cfg)} if convert else {}),
-        **({"search": search_identity(cfg)} if convert and auto_share(cfg.layers) is not None
-           else {}),
-        **({name: getattr(cfg, name) for name in LORA_FLAGS} if wants_lora(cfg) else {}),
-        "aligned": fingerprint(cfg.aligned) if cfg.aligned else "", **data.identity(),
-        "seed": cfg.seed, "dtype": str(dtype), "trunk_dtype": cfg.trunk_dtype,
-        "teacher_float8": cfg.teacher_float8, "doc_mask": cfg.doc_mask,
-        "calibrate_tokens": cfg.calibrate_tokens if convert else 0, "stages": stages,
-        "transfer": dataclasses.asdict(cfg.transfer) if convert else {},
-    }  # fmt: skip
-
-
 def describe(
     run, cfg, teacher, student, layers, convert, plans, train_data, data, kernels, shared, fsdp
 ) -> None:
@@ -377,7 +346,10 @@ def default_preset(flags: dict[str, str]) -> str:
 
 def main(cfg: DistillConfig, argv: list[str]) -> None:
     try:
-        distil(cfg, argv)
+        if cfg.cria:
+            cfg = cria.run(cfg, argv)
+        if cfg is not None:
+            distil(cfg, argv)
     finally:
         stop()
 

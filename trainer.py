@@ -25,7 +25,7 @@ import yaml
 import checkpoint
 from async_save import Saver
 from cli import to_dict
-from config import ModelConfig, Stopped, TrainConfig, UserError
+from config import STAGES, ModelConfig, Stopped, TrainConfig, UserError
 from data import PackedLoader
 from distributed import SAVE_FAILED, StopSignals, World, all_sum, barrier, main_says
 from hybrid_layers import MIXERS
@@ -206,13 +206,7 @@ def open_run(
 
 def check_identity(path: Path, state: dict, identity: dict, stages: list[str]) -> None:
     """Refuse a checkpoint of another model, data set, layer set or stage."""
-    old = state["identity"]
-    for key in sorted(set(old) | set(identity)):
-        if old.get(key) != identity.get(key):
-            raise UserError(
-                f"--resume: {path} has {key} {_short(old.get(key))}, this run "
-                f"{_short(identity.get(key))}; the same expected"
-            )
+    same_identity("--resume", path, state["identity"], identity)
     stage = state["stage"]
     if stage not in stages and stage not in _before(stages[0]):
         raise UserError(
@@ -222,9 +216,18 @@ def check_identity(path: Path, state: dict, identity: dict, stages: list[str]) -
         raise UserError(f"--resume: {path} stopped inside stage {stage}; finish it first")
 
 
+def same_identity(flag: str, path: Path, old: dict, new: dict) -> None:
+    """UserError naming the first setting in which what `path` holds differs from this run."""
+    for key in sorted(set(old) | set(new)):
+        if old.get(key) != new.get(key):
+            raise UserError(
+                f"{flag}: {path} has {key} {_short(old.get(key))}, this run "
+                f"{_short(new.get(key))}; the same expected"
+            )
+
+
 def _before(stage: str) -> list[str]:
-    order = ["align", "distill", "long"]
-    return order[: order.index(stage)] if stage in order else []
+    return list(STAGES[: STAGES.index(stage)]) if stage in STAGES else []
 
 
 def _short(value) -> str:
@@ -276,22 +279,31 @@ def restore_weights(run: Run, model: Transformer) -> None:
     checkpoint.load_tensors(run.resumed_from, into, partial=True)
 
 
-def train_stage(
-    run: Run, plan: StagePlan, objective, data: Mixture, *, student: Transformer,
-    teacher: Transformer | None, evaluate: Callable[[], dict[str, float]] | None = None,
-) -> None:  # fmt: skip
-    """Run one stage to its end, or the rest of it after a resume."""
-    cfg, world, stage = run.cfg, run.world, plan.stage
-    select = None
-    if stage.unique_tokens:
+def stage_loader(
+    cfg: TrainConfig, plan: StagePlan, data: Mixture, world: World, select=None
+) -> PackedLoader:
+    """The stage's batches."""
+    stage = plan.stage
+    if stage.unique_tokens and select is None:
         sizes = data.rows(stage.seq_len).sizes
         count = min(sum(sizes), max(1, stage.unique_tokens // stage.seq_len))
         select = Order(sizes, data.weights, plan.seed).rows(np.arange(count))
-    loader = PackedLoader(
+    return PackedLoader(
         data, seq_len=stage.seq_len, select=select, rows_per_step=plan.rows,
         micro_batch=plan.micro_batch, rank=world.rank, world_size=world.size, seed=plan.seed,
         doc_mask=cfg.doc_mask, repeat=stage.repeat_rows,
     )  # fmt: skip
+
+
+def train_stage(
+    run: Run, plan: StagePlan, objective, data: Mixture, *, student: Transformer,
+    teacher: Transformer | None, evaluate: Callable[[], dict[str, float]] | None = None,
+    select: np.ndarray | None = None,
+) -> None:  # fmt: skip
+    """Run one stage to its end, or the rest of it after a resume. select: numbers of the only rows
+    it may see."""
+    cfg, world, stage = run.cfg, run.world, plan.stage
+    loader = stage_loader(cfg, plan, data, world, select)
     optimizer = stage_optimizer(plan, objective, world)
     start = 0
     if run.resumed and run.resumed["stage"] == plan.name:

@@ -26,6 +26,10 @@ from mixers.base import LinearMixer, at_least_float32
 from ops.attention_maps import split_rows
 from ops.hedgehog_window import KERNELS, log_weights_hedgehog_window, step_hedgehog_window
 
+# What a part alone is: gamma multiplied so that the other one's weights do not count beside it,
+# unless, as before the first w tokens, there is nothing else.
+BRANCHES = {"both": 1.0, "window": 1e30, "linear": 1e-30}
+
 
 class HeadwiseMap(nn.Module):
     """The W of a Hedgehog map [H, K, F], one per head."""
@@ -58,7 +62,7 @@ class HedgehogWindow(LinearMixer):
                 f"linear_key_head_dim: {self.key_dim} found, {self.name} rotates q and k and "
                 f"expects head_dim {config.head_dim}"
             )
-        self.window = config.linear_window
+        self.window, self.branch = config.linear_window, "both"
         self.add_heads(config)
         self.q_norm = RMSNorm(self.key_dim, config.rms_norm_eps) if config.qk_norm else None
         self.k_norm = RMSNorm(self.key_dim, config.rms_norm_eps) if config.qk_norm else None
@@ -79,7 +83,7 @@ class HedgehogWindow(LinearMixer):
         return {"q": q, "k": k, "v": v}, None, {}
 
     def options(self) -> dict:
-        gamma = at_least_float32(self.window_factors).sigmoid()
+        gamma = at_least_float32(self.window_factors).sigmoid() * BRANCHES[self.branch]
         return {
             "map_q": self.feature_map_q.weight, "map_k": self.feature_map_k.weight,
             "gamma": gamma, "window": self.window,

@@ -91,7 +91,7 @@ def test_a_file_is_what_the_library_would_write(tmp_path):
     theirs = save(tensors)
     data = [b[8 + int.from_bytes(b[:8], "little") :] for b in (raw, theirs)]
     assert data[0] == data[1] and entry["size"] == len(raw)
-    assert entry == ckpt._fingerprint(tmp_path / "x")
+    assert entry == ckpt.file_entry(tmp_path / "x")
 
 
 def test_a_failure_is_known_and_raised_once(tmp_path, monkeypatch):
@@ -99,7 +99,7 @@ def test_a_failure_is_known_and_raised_once(tmp_path, monkeypatch):
     saver.save(tmp_path, 1, some_tensors(1), {}, keep=2)
     saver.wait()
     before = files(tmp_path / "checkpoints" / "step-1")
-    for victim in ("write_tensors", "_write_text", "_fingerprint", "_manifest_bytes"):
+    for victim in ("write_tensors", "_write_text", "file_entry", "_manifest_bytes"):
         with monkeypatch.context() as patch:
             patch.setattr(ckpt, victim, no_room)
             saver.save(tmp_path, 2, some_tensors(2), {}, keep=2)

@@ -190,7 +190,7 @@ def test_an_interrupted_save_is_ignored_and_cleared_by_the_next(tmp_path):
 
 def test_a_crash_at_any_point_of_a_save_leaves_the_previous_checkpoint(tmp_path, monkeypatch):
     save(tmp_path, 1)
-    for victim in ("write_tensors", "_write_text", "_fingerprint", "_manifest_bytes"):
+    for victim in ("write_tensors", "_write_text", "file_entry", "_manifest_bytes"):
         with monkeypatch.context() as patch, pytest.raises(OSError, match="disk is gone"):
             patch.setattr(ckpt, victim, _raise_disk_is_gone)
             save(tmp_path, 2)

@@ -20,7 +20,7 @@ from ops.kernels import resolve_kernel
 every_teacher = pytest.mark.parametrize("teacher", TEACHERS.values(), ids=TEACHERS)
 
 
-def formula(mixer, x, seq):
+def formula(mixer, x, seq, branches=("window", "linear")):
     """The equation over a full [T, T] of weights, one head at a time."""
     length, outs = x.shape[1], []
     q, k, v = (p(x).unflatten(-1, (4, -1)) for p in (mixer.q_proj, mixer.k_proj, mixer.v_proj))
@@ -40,7 +40,10 @@ def formula(mixer, x, seq):
             for t, m in ((q_h, mixer.feature_map_q), (k_h, mixer.feature_map_k))
         ]
         far = phi[0] @ phi[1].mT * (ahead >= mixer.window)
-        weights = torch.sigmoid(mixer.window_factors[h]) * near + far
+        near = torch.sigmoid(mixer.window_factors[h]) * near
+        if "window" not in branches:  # but where there is nothing else
+            near = near * (far.sum(-1, keepdim=True) == 0)
+        weights = near + far * ("linear" in branches)
         outs.append(weights @ v[:, :, h] / weights.sum(-1, keepdim=True))
     return mixer.o_proj(torch.cat(outs, -1))
 
@@ -54,6 +57,17 @@ def test_is_its_formula(window, shape):
     wanted = gradients(expected.square().sum(), mixer)
     for what, gradient in gradients(actual.square().sum(), mixer).items():
         assert_close_rms(gradient, wanted[what], 1e-8, what)
+
+
+@pytest.mark.parametrize("branch", ["window", "linear"])
+def test_a_branch_alone(branch):
+    """Training form and decoding alike."""
+    mixer, x, seq, _ = make("hedgehog_window", length=67, linear_window=5)
+    expected = formula(mixer, x, seq, [branch])
+    mixer.branch = branch
+    assert_close_rms(mixer(x, seq), expected)
+    mixer.kernel = "naive"
+    assert_close_rms(mixer(x, seq), expected)
 
 
 def test_parameters():

@@ -310,7 +310,7 @@ def test_selection_does_not_depend_on_micro_batches(learned, tmp_path):
 def test_the_loader_hands_out_both(learned, tmp_path):
     """From its thread as without, and after a resume."""
     data = write(tmp_path / "d", documents(80), BYTE)
-    data.retokenize = Retokenizer(BYTE, learned, 1000)
+    data.attach = Retokenizer(BYTE, learned, 1000)
 
     def loader(prefetch):
         return PackedLoader(data, seq_len=32, rows_per_step=4, micro_batch=2, prefetch=prefetch)

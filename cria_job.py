@@ -1,0 +1,198 @@
+"""A block-wise distillation (cria.py): its blocks, its folder, what it refuses, and a block of
+the teacher as a model.
+
+Check: `pytest tests/test_cria.py`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from config import DistillConfig, ModelConfig, UserError
+from cria_files import (
+    read_tensor_file,
+    sealed,
+    unsealed,
+)
+from distributed import World, this_process
+from hf import read_config
+from hybrid_layers import (
+    resolve_kernels,
+    use_kernels,
+)
+from layer_lists import auto_share
+from mixture import Mixture
+from model import Block, Transformer
+from shard_writer import write_file
+from stage_plan import StagePlan, plan_stage, set_length
+from student import (
+    preflight,
+    run_identity,
+)
+from tokenizer import load_tokenizer
+from trainer import (
+    open_data,
+    run_folder,
+    same_identity,
+    set_up_torch,
+)
+
+
+class Cria(Transformer):
+    """Consecutive blocks of a model, without embedding, last norm and head: hidden states go in
+    (`hidden`) and come out. Block j is layer `first_layer` + j of the whole."""
+
+    def __init__(self, whole: ModelConfig, layers: range):
+        nn.Module.__init__(self)
+        kinds = whole.layer_types[layers.start : layers.stop]
+        linear = whole.layer_types[: layers.start].count("linear_attention")
+        self.config = dataclasses.replace(
+            whole, num_hidden_layers=len(layers), layer_types=kinds, vocab_size=1,
+            mixer=whole.mixer[linear : linear + kinds.count("linear_attention")],
+        )  # fmt: skip
+        self.first_layer, self.compiled = layers.start, False
+        self.layers = nn.ModuleList(Block(self.config, i) for i in range(len(layers)))
+        self.norm = nn.Identity()
+
+
+@dataclass
+class Job:
+    """What every step needs."""
+
+    cfg: DistillConfig
+    argv: list[str]
+    folder: Path  # runs/RUN/cria
+    teacher: ModelConfig
+    student: ModelConfig
+    layers: list[int]  # that become linear
+    spec: str  # of the tokenizer
+    identity: dict
+    plans: list[StagePlan]
+    data: Mixture
+    world: World
+    dtype: torch.dtype
+
+    @property
+    def blocks(self) -> list[range]:
+        count, size = self.teacher.num_hidden_layers, self.cfg.cria
+        return [range(i, min(i + size, count)) for i in range(0, count, size)]
+
+    @property
+    def trained(self) -> list[int]:
+        """Blocks with a layer that becomes linear; the others are the teacher's."""
+        return [b for b, block in enumerate(self.blocks) if set(block) & set(self.layers)]
+
+    def weights(self, block: int | str) -> Path:
+        return self.folder / "weights" / name_of(block)
+
+    def inputs(self, kind: str, block: int) -> Path:
+        """Folder of saved inputs; kind: calibration or inputs."""
+        return self.folder / kind / name_of(block)
+
+    def result(self, block: int) -> Path:
+        return self.folder / "blocks" / name_of(block) / "trained"
+
+
+def name_of(block: int | str) -> str:
+    return block if isinstance(block, str) else f"block-{block:03d}"
+
+
+def say(line: str) -> None:
+    print(line, flush=True)
+
+
+# ---- what is to be done
+
+
+def refuse(cfg: DistillConfig) -> None:
+    """UserError for flags that --cria cannot honour."""
+    names = cfg.stage_names()
+    if names[0] != "align":
+        raise UserError(f"--stages: {cfg.stages} found, align first with --cria")
+    for flag, value, why in (
+        ("student", cfg.student, "blocks are of the teacher"),
+        ("aligned", cfg.aligned, "blocks begin with the teacher's layers"),
+    ):
+        if value:
+            raise UserError(f"--{flag}: {value} found, none expected with --cria: {why}")
+    if auto_share(cfg.layers) is not None and not cfg.keep_layers:
+        raise UserError(
+            f"--layers: {cfg.layers} found, named ones expected with --cria: a choice needs the "
+            f"whole student"
+        )
+    for flag in ("seq_len", "repeat_rows", "select_tokens"):
+        if "block" in names and getattr(cfg.align, flag) != getattr(cfg.block, flag):
+            raise UserError(
+                f"--block_{flag}: {getattr(cfg.block, flag)} found, align's "
+                f"{getattr(cfg.align, flag)} expected: both see the rows that were saved"
+            )
+    if cfg.cria_step != "all" and not cfg.run:
+        raise UserError(f"--cria_step: {cfg.cria_step} found without --run, the name of the run")
+    if cfg.cria_block >= 0 and cfg.cria_step != "train":
+        raise UserError("--cria_block: found without --cria_step train")
+    if not cfg.save_model:
+        raise UserError("--save_model: False found, True expected with --cria")
+
+
+def prepare(cfg: DistillConfig, argv: list[str]) -> Job:
+    """Check the flags, open the data; the run's folder, if there is one, must be of this run."""
+    refuse(cfg)
+    if not cfg.run:
+        cfg = dataclasses.replace(cfg, run=run_folder(cfg, "train_kd").name)
+    cfg = dataclasses.replace(cfg, resume="auto")
+    layers, spec, student, _ = preflight(cfg)
+    world = this_process(cfg.device)
+    if world.size > 1:
+        raise UserError(
+            f"--nproc_per_node: {world.size} found; with --cria start train_kd.py once for each GPU"
+        )
+    tokenizer = load_tokenizer(spec)
+    dtype = set_up_torch(cfg, world)
+    _, data, _ = open_data(cfg, tokenizer, build=True)
+    names = [name for name in cfg.stage_names() if name in ("align", "block")]
+    with torch.device("meta"):
+        shape = Cria(student, range(min(cfg.cria, student.num_hidden_layers))).config
+    plans = [plan_stage(cfg, n, getattr(cfg, n), world, i, shape) for i, n in enumerate(names)]
+    for plan in plans:
+        set_length(plan, cfg, data)
+    identity = run_identity(cfg, layers, True, plans, data, dtype)
+    identity |= {"cria": cfg.cria, "steps": {plan.name: plan.steps for plan in plans}}
+    teacher = read_config(cfg.teacher)
+    job = Job(cfg, argv, run_folder(cfg, "") / "cria", teacher, student, layers, spec, identity,
+              plans, data, world, dtype)  # fmt: skip
+    if cfg.cria_block >= len(job.blocks):
+        raise UserError(
+            f"--cria_block: {cfg.cria_block} found, 0 to {len(job.blocks) - 1} expected"
+        )
+    path = job.folder / "cria.json"
+    if path.exists():
+        same_identity("--run", path, unsealed(path), identity)
+    elif cfg.cria_step in ("collect", "train", "stitch"):
+        raise UserError(f"--run: no {path}; --cria_step shard makes it")
+    else:
+        job.folder.mkdir(parents=True, exist_ok=True)
+        write_file(path, sealed(identity))
+    return job
+
+
+def load_block(job: Job, b: int) -> Cria:
+    """A block of the frozen teacher, in the compute type."""
+    block = job.blocks[b]
+    with torch.device("meta"):
+        model = Cria(job.teacher, block)
+    tensors = {}
+    for name, tensor in read_tensor_file(job.weights(b)).items():
+        _, layer, rest = name.split(".", 2)
+        if not rest.endswith("rotary_emb.inv_freq"):
+            tensors[f"layers.{int(layer) - block.start}.{rest}"] = tensor.to(
+                job.world.device, job.dtype
+            )
+    model.load_state_dict(tensors, assign=True)
+    kernels = resolve_kernels(model.config, job.cfg.kernel, job.world.device, job.cfg.dtype)
+    use_kernels(model, kernels, job.world.device)
+    return model.eval().requires_grad_(False)
