@@ -33,7 +33,6 @@ from config import DistillConfig, UserError
 from cria_files import (
     Background,
     RowWriter,
-    SavedRows,
     is_finished,
     read_tensor_file,
     write_tensor_file,
@@ -168,7 +167,7 @@ def collect_group(
     for model in models.values() if compile_wanted(job.cfg, job.world) else ():
         compile_blocks(model)
     device, size = job.world.device, loader.micro_batch
-    source = SavedRows(job.inputs(kind, group[0])) if group[0] else None
+    source = job.saved(kind, group[0]) if group[0] else None
     table = None
     if source is None:
         table = read_tensor_file(job.weights("outer"))["embed_tokens.weight"]
@@ -275,7 +274,7 @@ def train_block(job: Job, b: int) -> None:
         job.cfg, save_model_dir=str(job.folder / "blocks"), run=name_of(b),
         stages=",".join(plan.name for plan in plans),
     )  # fmt: skip
-    rows = {kind: (SavedRows(job.inputs(kind, b)), order) for kind, _, order in row_sets(job)}
+    rows = {kind: (job.saved(kind, b), order) for kind, _, order in row_sets(job)}
     for saved, order in rows.values():
         saved.require(order)
     teacher, student, local = make_block(job, b)

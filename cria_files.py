@@ -175,10 +175,11 @@ class Background:
 
 class SavedRows:
     """Reads what RowWriter wrote, by row number. Sizes are checked at once, the checksum of a part
-    before the first of its rows is used. Memory is that of the rows asked for."""
+    before the first of its rows is used. Memory is that of the rows asked for; pin: page-locked,
+    so that a copy to the GPU need not copy them first."""
 
-    def __init__(self, folder: Path):
-        self.folder, self.about = folder, []
+    def __init__(self, folder: Path, pin: bool = False):
+        self.folder, self.pin, self.about = folder, pin, []
         self.where: dict[int, tuple[int, int]] = {}
         while part_path(folder, len(self.about)).with_suffix(".json").is_file():
             about = check_size(part_path(folder, len(self.about)))
@@ -209,7 +210,9 @@ class SavedRows:
         """[R, T, d]"""
         self.require(rows)
         about = self.about[self.where[rows[0]][0]]
-        out = torch.empty(len(rows), *about["shape"], dtype=DTYPES[about["dtype"]])
+        out = torch.empty(
+            len(rows), *about["shape"], dtype=DTYPES[about["dtype"]], pin_memory=self.pin
+        )
         size = math.prod(about["shape"]) * out.element_size()
         into = out.view(torch.uint8).view(len(rows), -1).numpy()
         for row, target in zip(rows, into, strict=True):

@@ -15,6 +15,7 @@ from torch import nn
 
 from config import DistillConfig, ModelConfig, UserError
 from cria_files import (
+    SavedRows,
     read_tensor_file,
     sealed,
     unsealed,
@@ -93,6 +94,9 @@ class Job:
     def inputs(self, kind: str, block: int) -> Path:
         """Folder of saved inputs; kind: calibration or inputs."""
         return self.folder / kind / name_of(block)
+
+    def saved(self, kind: str, block: int) -> SavedRows:
+        return SavedRows(self.inputs(kind, block), pin=self.world.device.type == "cuda")
 
     def result(self, block: int) -> Path:
         return self.folder / "blocks" / name_of(block) / "trained"

@@ -24,7 +24,6 @@ import cria
 from benchmarks.common import about
 from cli import load_config, parse_argv
 from config import DistillConfig
-from cria_files import SavedRows
 from cria_job import Job, load_block, prepare
 from distributed import compile_blocks
 from evaluate import inputs
@@ -98,7 +97,7 @@ def block_steps(job: Job, from_disk: bool) -> float:
         compile_blocks(student)
     set_trainable(student, plan.stage, local)
     objective = AlignObjective(student, teacher, plan.stage, local, job.world)
-    job.data.attach = SavedRows(job.inputs("inputs", b))
+    job.data.attach = job.saved("inputs", b)
     loader = stage_loader(job.cfg, plan, job.data, job.world)
     loader = loader if from_disk else held(loader, plan.steps, device)
     count = torch.ones((), device=device)

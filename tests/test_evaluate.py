@@ -324,9 +324,32 @@ def test_command(tmp_path, text_shards, pair, capsys):
         (["--teacher", str(tmp_path / "nowhere")], "nowhere"),
         (["--out", str(tmp_path / "eval.md")], "--out"),
         (["--recall_tasks", "chess"], "--recall_tasks"),
+        (["--branch", "window"], "--branch: window found, a model with hedgehog_window"),
     ):
         with pytest.raises(SystemExit) as stop:
             script.main([*argv, *wrong])
         err = capsys.readouterr().err
         assert stop.value.code == 2
         assert err.startswith("error: ") and err.count("\n") == 1 and name in err
+
+
+def test_a_branch_alone_is_evaluated(tmp_path, text_shards, pair):
+    """With a window as long as the rows the linear part has nothing to say, and alone says all
+    that nothing else does."""
+    from hybrid_layers import convert_layers
+
+    how = {"mixer": "hedgehog_window", "linear_window": 33}
+    student = convert_layers(pair[0], [0], **how)
+    save_model(student, tmp_path / "m", tokenizer_from="byte")
+    short = convert_layers(pair[0], [0], mixer="hedgehog_window", linear_window=4)
+    save_model(short, tmp_path / "short", tokenizer_from="byte")
+    found = {}
+    for name in ("m", "short"):
+        for branch in ("both", "window", "linear"):
+            argv = [str(tmp_path / name), "--data", text_shards["prose"], "--seq_len", "33",
+                    "--device", "cpu", "--eval_tokens", "264", "--branch", branch]  # fmt: skip
+            script.main([*argv, "--out", str(tmp_path / "out")])
+            rows = json.loads((tmp_path / "out" / "eval.json").read_text())["domains"]
+            found[name, branch] = next(iter(rows.values()))["student"]["ppl"]
+    assert found["m", "both"] == found["m", "window"] == found["m", "linear"]
+    assert len({found["short", b] for b in ("both", "window", "linear")}) == 3
