@@ -346,7 +346,7 @@ def test_a_branch_alone_is_evaluated(tmp_path, text_shards, pair):
     found = {}
     for name in ("m", "short"):
         for branch in ("both", "window", "linear"):
-            argv = [str(tmp_path / name), "--data", text_shards["prose"], "--seq_len", "33",
+            argv = [str(tmp_path / name), "--data", str(text_shards["prose"]), "--seq_len", "33",
                     "--device", "cpu", "--eval_tokens", "264", "--branch", branch]  # fmt: skip
             script.main([*argv, "--out", str(tmp_path / "out")])
             rows = json.loads((tmp_path / "out" / "eval.json").read_text())["domains"]
