@@ -13,6 +13,7 @@ from config import ModelConfig, StageConfig, TrainConfig, UserError
 from distributed import World
 from flops import kept_bytes
 from fsdp import wants_fsdp
+from mixture import Mixture
 from model import Transformer
 
 MICRO_BATCH_TOKENS = 32_768  # where memory is not known
@@ -34,6 +35,13 @@ class StagePlan:
         """Give the stage another length."""
         self.stage.tokens = max(1, tokens)
         self.steps = self.stage.steps(max_steps)
+
+    def take_epochs(self, cfg: TrainConfig, data: Mixture) -> None:
+        """The length that --epochs means on this data."""
+        tokens = data.num_tokens
+        if cfg.packing == "best_fit":
+            tokens = sum(data.rows(self.stage.seq_len).sizes) * self.stage.seq_len
+        self.set_tokens(int(cfg.epochs * tokens), cfg.max_steps)
 
     def line(self, world: World) -> str:
         s = self.stage
@@ -62,7 +70,7 @@ def micro_batch_tokens(
     token = kept_bytes(config, cfg.activation_checkpointing)
     if name == "align":  # one layer at a time
         token = 2 * token // config.num_hidden_layers
-    room = 0.75 * torch.cuda.get_device_properties(world.device).total_memory - weights
+    room = 0.75 * world.gpu_memory - weights
     return min(MOST_TOKENS, max(int(room / token), 0))
 
 
