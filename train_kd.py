@@ -17,6 +17,8 @@ import math
 
 import torch
 
+import planner
+from budget import show_budget
 from cli import run_main
 from config import DistillConfig, UserError
 from data import eval_batches, require_rows
@@ -117,6 +119,9 @@ class Samples:
 
 def distil(cfg: DistillConfig, argv: list[str]) -> None:
     layers, spec, shape, convert = preflight(cfg)
+    if cfg.plan:
+        return show_budget(cfg, planner.distillation(cfg, layers, shape, convert))
+    planner.check_disk(cfg, planner.distillation(cfg, layers, shape, convert, full=False))
     tokenizer = load_tokenizer(spec)
     names = cfg.stage_names()
     world = this_process(cfg.device)
@@ -137,10 +142,7 @@ def distil(cfg: DistillConfig, argv: list[str]) -> None:
     for plan in plans:
         require_rows(train_data, plan.stage.seq_len, plan.rows)
         if cfg.epochs:
-            tokens = train_data.num_tokens
-            if cfg.packing == "best_fit":
-                tokens = sum(train_data.rows(plan.stage.seq_len).sizes) * plan.stage.seq_len
-            plan.set_tokens(int(cfg.epochs * tokens), cfg.max_steps)
+            plan.take_epochs(cfg, train_data)
     teacher, source, student, shared = build_models(cfg, layers, convert, world, dtype, fsdp)
     kernel_line = use_kernels(student, kernels, world.device)
     use_kernels(
@@ -372,6 +374,7 @@ def default_preset(flags: dict[str, str]) -> str:
     """The preset of this machine's device."""
     device = flags.get("device", "auto").lower()
     cuda = choose_device("auto").type == "cuda" if device == "auto" else device == "cuda"
+    cuda |= bool(flags.get("plan_device"))
     return "configs/smollm2.yaml" if cuda else "configs/smollm2-cpu.yaml"
 
 
