@@ -122,6 +122,8 @@ def load_config(cls, flags: dict[str, str], preset: str | Path | None):
     if preset:
         _set_all(cfg, read_yaml(preset), f"{preset}: ")
     _set_all(cfg, flags, "--")
+    if cfg.plan_device and not cfg.plan:
+        raise UserError(f"--plan_device: {cfg.plan_device} found, --plan expected too")
     if isinstance(cfg, DistillConfig):
         if cfg.keep_layers and "layers" in flags:
             raise UserError("--keep_layers: not together with --layers, it is the complement")

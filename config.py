@@ -351,6 +351,11 @@ class TrainConfig:
     peak_flops: float = opt(0.0, "dense peak of the device, FLOP/s; 0 = from the table", low=0.0)
     profile: bool = opt(False, "write a torch.profiler trace of steps 3 to 5 into the run")
     dry_run: bool = opt(False, "build everything, print the plan, train nothing")
+    plan: bool = opt(False, "print what the run would take of time, memory and disk, by its "
+                     "settings and the models' config.json alone, and do not start")  # fmt: skip
+    plan_device: str = opt("", "GPUs to plan for, H100 or 8xH100; empty = this machine's")
+    plan_mfu: float = opt(0.4, "MFU at which the plan's hours are, of the FLOPs the run needs",
+                          low=1e-3, high=1.0)  # fmt: skip
 
 
 @dataclass

@@ -41,10 +41,16 @@ class World:
     rank: int
     size: int
     device: torch.device
+    memory: int = 0  # bytes of a GPU that is only planned for; 0: this machine's own
 
     @property
     def is_main(self) -> bool:
         return self.rank == 0
+
+    @property
+    def gpu_memory(self) -> int:
+        """Bytes of the GPU's memory."""
+        return self.memory or torch.cuda.get_device_properties(self.device).total_memory
 
 
 def choose_device(name: str) -> torch.device:

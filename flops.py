@@ -8,9 +8,11 @@ activations, decays and the embedding lookup are not. Try it: pytest tests/test_
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 
-from config import ModelConfig
+from config import ModelConfig, StageConfig
 from hybrid_layers import build_mixer
 
 # Dense (not 2:4 sparse) bf16/fp16 tensor-core peak, FLOP/s, from the vendors' data sheets. The
@@ -32,6 +34,14 @@ PEAK_FLOPS = {
     "RTX 3090": 71e12,
     "MI300X": 1307e12,
 }
+# GiB of memory by the same data sheets, for planning without the card (--plan_device), and the
+# share of it that PyTorch sees (an H100: 79.2 GiB).
+MEMORY_GIB = {
+    "GB200": 186, "B200": 180, "H200 NVL": 141, "H200": 141, "H100 PCIe": 80, "H100 NVL": 94,
+    "H100": 80, "H800": 80, "A100": 80, "A800": 80, "L40S": 48, "RTX 5090": 32, "RTX 4090": 24,
+    "RTX 3090": 24, "MI300X": 192,
+}  # fmt: skip
+MEMORY_SEEN = 0.99
 
 
 def peak_flops(
@@ -118,22 +128,29 @@ def matmul_params(config: ModelConfig) -> int:
     return config.num_hidden_layers * mlp + mixers + config.hidden_size * config.vocab_size
 
 
-def kept_bytes(config: ModelConfig, recompute: str = "none") -> int:
-    """About what the blocks hold of a token for the backward, in bytes, compiled and in bfloat16.
+def kept_parts(config: ModelConfig, i: int) -> tuple[int, int, int]:
+    """About how many numbers block i holds of a token for the backward, compiled: the residual
+    stream and its norms, attention, the MLP."""
+    c, heads = config, config.num_attention_heads + config.num_key_value_heads
+    attention = 3 * heads * c.head_dim
+    if c.layer_types[i] == "linear_attention":
+        attention = 12 * c.linear_num_value_heads * c.linear_value_head_dim
+    return 4 * c.hidden_size, attention, 2 * c.intermediate_size
+
+
+def kept_bytes(config: ModelConfig, recompute: str = "none", first: int = 0) -> int:
+    """About what the blocks from `first` on hold of a token for the backward, in bytes, compiled
+    and in bfloat16.
 
     Measured on an H100: Qwen2.5-1.5B's shape 1.3 MB, with 3:1 gated_deltanet 2.0 MB (this: 1.6 and
     2.2); SmolLM2-135M's with 3:1 0.7 MB (this: 0.7).
     """
-    c, heads = config, config.num_attention_heads + config.num_key_value_heads
     total = 0
-    for kind in c.layer_types:
-        attention = 3 * heads * c.head_dim
-        if kind == "linear_attention":
-            attention = 12 * c.linear_num_value_heads * c.linear_value_head_dim
-        wide = 2 * c.intermediate_size
+    for i in range(first, config.num_hidden_layers):
+        residual, attention, wide = kept_parts(config, i)
         if recompute != "none":  # see recompute.py
             wide, attention = 0, 0 if recompute == "full" else attention
-        total += 4 * c.hidden_size + attention + wide
+        total += residual + attention + wide
     return 2 * total
 
 
@@ -161,14 +178,23 @@ def forward_flops(config: ModelConfig, seq_len: int) -> float:
     return 2 * matmul_params(config) + own
 
 
-def flops_per_token(
+class StageFlops(NamedTuple):
+    """FLOPs that a token of a stage needs: of the teacher's forward, of the student's forward and
+    of its backward."""
+
+    teacher: float
+    forward: float
+    backward: float
+
+
+def stage_flops(
     stage: str,
     student: ModelConfig,
     teacher: ModelConfig | None,
     seq_len: int,
     train: str = "all",
-) -> float:
-    """FLOPs that a token of this stage needs, for "useful TFLOP/s"; recomputation is not counted.
+) -> StageFlops:
+    """FLOPs that a token of this stage needs; recomputation is not counted.
 
     With F = forward_flops and, for one layer, P_in, P_o, P_mlp its weights (the taps of short
     convolutions are in P_o) and C the forward FLOPs of its attention or recurrence:
@@ -196,35 +222,53 @@ def flops_per_token(
     if stage == "align":
         assert teacher is not None and converted, "align needs a teacher and a converted layer"
         return _align_flops(student, teacher, converted, seq_len)
-    total = forward_flops(student, seq_len)
+    forward = forward_flops(student, seq_len)
+    backward = 0.0
     if train == "all":
-        total *= 3
+        backward = 2 * forward
     elif converted or train == "lora":
         first = 0 if train == "lora" else converted[0]
         mlp = 3 * student.hidden_size * student.intermediate_size
-        total += 2 * student.hidden_size * student.vocab_size
+        backward += 2 * student.hidden_size * student.vocab_size
         for i in range(first, student.num_hidden_layers):
             inner, out, core = _layer(student, i, seq_len)
-            total += 2 * mlp + 2 * out + 2 * core
-            total += 2 * inner if i > first else 0
-            total += 2 * (inner + out) if train == "mixers" and i in converted else 0
-    if teacher is not None and stage != "pretrain":
-        total += forward_flops(teacher, seq_len)
-    return total
+            backward += 2 * mlp + 2 * out + 2 * core
+            backward += 2 * inner if i > first else 0
+            backward += 2 * (inner + out) if train == "mixers" and i in converted else 0
+    guided = teacher is not None and stage != "pretrain"
+    return StageFlops(forward_flops(teacher, seq_len) if guided else 0.0, forward, backward)
+
+
+def flops_per_token(
+    stage: str,
+    student: ModelConfig,
+    teacher: ModelConfig | None,
+    seq_len: int,
+    train: str = "all",
+) -> float:
+    """All of `stage_flops`, for "useful TFLOP/s"."""
+    return sum(stage_flops(stage, student, teacher, seq_len, train))
+
+
+def uses_teacher(stage: str, settings: StageConfig) -> bool:
+    """Whether a stage runs the teacher, to learn from it or to choose tokens by it."""
+    return stage == "align" or settings.kd_weight > 0 or settings.select_tokens < 1
 
 
 def _align_flops(
     student: ModelConfig, teacher: ModelConfig, converted: list[int], seq_len: int
-) -> float:
+) -> StageFlops:
     mlp = 3 * teacher.hidden_size * teacher.intermediate_size
-    total = converted[-1] * 2 * mlp
+    guide = converted[-1] * 2 * mlp
     for i in range(converted[-1] + 1):
         inner, out, core = _layer(teacher, i, seq_len)
-        total += 2 * inner + 2 * out + core
+        guide += 2 * inner + 2 * out + core
+    forward = backward = 0.0
     for i in converted:
         inner, out, core = _layer(student, i, seq_len)
-        total += 4 * inner + 6 * out + 3 * core
-    return total
+        forward += 2 * inner + 2 * out + core
+        backward += 2 * inner + 4 * out + 2 * core
+    return StageFlops(guide, forward, backward)
 
 
 def _converted_layers(student: ModelConfig, teacher: ModelConfig | None) -> list[int]:

@@ -47,8 +47,8 @@ def wants_fsdp(cfg: TrainConfig, world: World, config: ModelConfig) -> bool:
         return False
     with torch.device("meta"):
         params = Transformer(config).num_params()
-    memory = torch.cuda.get_device_properties(world.device).total_memory
-    return 16 * params > DDP_SHARE * memory  # float32 weights, gradients, two states of AdamW
+    needed = 16 * params  # float32 weights, gradients, two states of AdamW
+    return needed > DDP_SHARE * world.gpu_memory
 
 
 def conflict(cfg: TrainConfig) -> str:

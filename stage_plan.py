@@ -37,6 +37,13 @@ class StagePlan:
         self.stage.tokens = max(1, tokens)
         self.steps = self.stage.steps(max_steps)
 
+    def take_epochs(self, cfg: TrainConfig, data: Mixture) -> None:
+        """The length that --epochs means on this data."""
+        tokens = data.num_tokens
+        if cfg.packing == "best_fit":
+            tokens = sum(data.rows(self.stage.seq_len).sizes) * self.stage.seq_len
+        self.set_tokens(int(cfg.epochs * tokens), cfg.max_steps)
+
     def line(self, world: World) -> str:
         s = self.stage
         count = self.rows // (self.micro_batch * world.size)
@@ -50,13 +57,9 @@ class StagePlan:
 
 def set_length(plan: StagePlan, cfg: TrainConfig, data: Mixture) -> None:
     """Refuse data that a step cannot be made of, and apply --epochs."""
-    stage = plan.stage
-    require_rows(data, stage.seq_len, plan.rows)
+    require_rows(data, plan.stage.seq_len, plan.rows)
     if cfg.epochs:
-        tokens = data.num_tokens
-        if cfg.packing == "best_fit":
-            tokens = sum(data.rows(stage.seq_len).sizes) * stage.seq_len
-        plan.set_tokens(int(cfg.epochs * tokens), cfg.max_steps)
+        plan.take_epochs(cfg, data)
 
 
 def micro_batch_tokens(
@@ -75,7 +78,7 @@ def micro_batch_tokens(
     token = kept_bytes(config, cfg.activation_checkpointing)
     if name == "align":  # one layer at a time
         token = 2 * token // config.num_hidden_layers
-    room = 0.75 * torch.cuda.get_device_properties(world.device).total_memory - weights
+    room = 0.75 * world.gpu_memory - weights
     return min(MOST_TOKENS, max(int(room / token), 0))
 
 

@@ -12,7 +12,14 @@ import torch
 
 from config import DIVERGED, Stopped
 from distributed import all_sum
-from flops import flops_per_token, matmul_params, mfu, model_flops_per_token, peak_flops
+from flops import (
+    flops_per_token,
+    matmul_params,
+    mfu,
+    model_flops_per_token,
+    peak_flops,
+    uses_teacher,
+)
 from metrics import StepTimer, memory_gib
 from model import Transformer
 
@@ -103,12 +110,11 @@ def flop_rates(run: Run, plan: StagePlan, student: Transformer, teacher) -> dict
     seq = plan.stage.seq_len
     config = student.config
     kind = "distill" if plan.name == "block" else plan.name
-    uses_teacher = kind == "align" or plan.stage.kd_weight > 0 or plan.stage.select_tokens < 1
+    guided = teacher and uses_teacher(kind, plan.stage)
     return {
         "model": model_flops_per_token(config, seq, num_matmul_params=matmul_params(config)),
         "useful": flops_per_token(
-            kind, config, teacher.config if teacher and uses_teacher else None, seq,
-            plan.stage.train,
+            kind, config, teacher.config if guided else None, seq, plan.stage.train,
         ),
         "peak": peak_flops(run.world.device, run.dtype, run.cfg.peak_flops),
     }  # fmt: skip

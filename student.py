@@ -137,6 +137,9 @@ def preflight(cfg: DistillConfig) -> tuple[list[int], str, ModelConfig, bool]:
             raise UserError(
                 f"--trunk_dtype: bfloat16 found, but {name} uses Muon; float32 expected"
             )
+    check_lora(cfg)
+    if cfg.plan:  # needs neither a tokenizer nor a folder of its own
+        return layers, cfg.tokenizer, source, convert
     spec = cfg.tokenizer or tokenizer_spec(cfg.teacher)
     tokenizer = load_tokenizer(spec)
     if tokenizer.vocab_size > config.vocab_size:
@@ -152,7 +155,6 @@ def preflight(cfg: DistillConfig) -> tuple[list[int], str, ModelConfig, bool]:
                 f"--{flag}: tokenizer {t.name} ({t.hash}) found, the teacher's {mine.name} "
                 f"({mine.hash}) expected"
             )
-    check_lora(cfg)
     check_run_folder(cfg)
     return layers, spec, source, convert
 
@@ -173,19 +175,23 @@ def check_aligned(cfg, found: ModelConfig, wanted: ModelConfig, layers: list[int
             raise UserError(f"--aligned: {theirs} found at layer {i}, {mine} expected")
 
 
+def shares_trunk(cfg: DistillConfig, fsdp: bool) -> bool:
+    """Whether the student's trunk is the teacher's own; never under FSDP2, which gathers each model
+    by itself."""
+    frozen = all(getattr(cfg, name).train != "all" for name in cfg.stage_names())
+    return not cfg.student and frozen and cfg.share_trunk == "auto" and not fsdp
+
+
 def build_models(
     cfg: DistillConfig, layers: list[int], convert: bool, world: World, dtype: torch.dtype,
     fsdp: bool = False,
 ) -> tuple[Transformer, Transformer, Transformer, bool]:  # fmt: skip
     """(teacher, source, student, shared): the frozen teacher in the compute type, the model whose
     layers were converted (the teacher, or --student as it was), and the student, whose trunk is
-    the teacher's own where it stays frozen, else a copy in --trunk_dtype. fsdp: never the
-    teacher's own, as FSDP2 gathers each model by itself."""
+    the teacher's own where it stays frozen (`shares_trunk`), else a copy in --trunk_dtype."""
     teacher = load_model(cfg.teacher, dtype=dtype, device=world.device)
     teacher.eval().requires_grad_(False)
-    stages = [getattr(cfg, name) for name in cfg.stage_names()]
-    frozen = all(s.train != "all" for s in stages)
-    shared = not cfg.student and frozen and cfg.share_trunk == "auto" and not fsdp
+    shared = shares_trunk(cfg, fsdp)
     source = teacher
     if not cfg.student:
         student = convert_layers(

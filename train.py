@@ -12,6 +12,8 @@ from pathlib import Path
 
 import torch
 
+import planner
+from budget import show_budget
 from cli import run_main
 from config import ModelConfig, PretrainConfig, UserError
 from data import eval_batches, require_rows
@@ -101,6 +103,14 @@ def load_reference(cfg: PretrainConfig, world: World, dtype: torch.dtype) -> Tra
     return model.eval().requires_grad_(False)
 
 
+def data_rows(cfg: PretrainConfig, tokenizer) -> int | None:
+    """Rows of the data set, where the length of the run hangs on them and it is there."""
+    if cfg.max_steps and not cfg.epochs:
+        return None
+    found = open_data(cfg, tokenizer)
+    return sum(found[1].rows(cfg.context_len or 512).sizes) if found else None
+
+
 def unigram_entropy(batches) -> float:
     """Nats per token of the held-out labels under their own frequencies: the best a model that
     ignores all context could do."""
@@ -114,8 +124,11 @@ def pretrain(cfg: PretrainConfig, argv: list[str]) -> None:
     spec = cfg.tokenizer or "byte"
     tokenizer = load_tokenizer(spec)
     config = model_config(cfg, tokenizer.vocab_size, tokenizer.eos_token_id)
+    if cfg.plan:
+        return show_budget(cfg, planner.pretraining(cfg, config, data_rows(cfg, tokenizer)))
     retokenizer = check_reference(cfg, tokenizer) if cfg.reference else None
     check_run_folder(cfg)
+    planner.check_disk(cfg, planner.pretraining(cfg, config, None, full=False))
     world = this_process(cfg.device)
     fsdp = wants_fsdp(cfg, world, config)
     kernels = resolve_kernels(config, cfg.kernel, world.device, cfg.dtype)

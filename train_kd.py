@@ -18,6 +18,8 @@ import math
 import torch
 
 import cria
+import planner
+from budget import show_budget
 from cli import run_main
 from config import DistillConfig, UserError
 from data import eval_batches
@@ -117,6 +119,9 @@ class Samples:
 
 def distil(cfg: DistillConfig, argv: list[str]) -> None:
     layers, spec, shape, convert = preflight(cfg)
+    if cfg.plan:
+        return show_budget(cfg, planner.distillation(cfg, layers, shape, convert))
+    planner.check_disk(cfg, planner.distillation(cfg, layers, shape, convert, full=False))
     tokenizer = load_tokenizer(spec)
     names = cfg.stage_names()
     world = this_process(cfg.device)
@@ -341,6 +346,7 @@ def default_preset(flags: dict[str, str]) -> str:
     """The preset of this machine's device."""
     device = flags.get("device", "auto").lower()
     cuda = choose_device("auto").type == "cuda" if device == "auto" else device == "cuda"
+    cuda |= bool(flags.get("plan_device"))
     return "configs/smollm2.yaml" if cuda else "configs/smollm2-cpu.yaml"
 
 

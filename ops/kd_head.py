@@ -98,6 +98,22 @@ def _auto_chunk(n: int, row_bytes: int, kind: str) -> int:
     return -(-size // 128) * 128 if kind == "triton" else size  # whole tiles of a matmul
 
 
+def buffer_bytes(n: int, vocab: int, kind: str, itemsize: int) -> int:
+    """Bytes of one [C, V] buffer of a head on n tokens; kind: triton, or the device's."""
+    width = -(-vocab // 64) * 64 if kind == "triton" else vocab
+    chunk = _auto_chunk(n, width * itemsize, kind)
+    return min(n, chunk) * width * itemsize
+
+
+def buffers_alive(loss: str, teacher: bool, ce: bool, tempered: bool) -> int:
+    """How many such buffers PyTorch operations (ops/kd_chunk.py) hold at once; Triton: one for the
+    student and one for the teacher."""
+    if not teacher:
+        return 2
+    count = {"forward_kl": 4, "reverse_kl": 4, "js": 5, "mse": 3}[loss] + ce
+    return count + (tempered and loss.endswith("_kl"))
+
+
 def uses_triton(h: Tensor, options: HeadOptions, dtypes: set[torch.dtype], vocab: int) -> bool:
     """Whether the Triton kernel runs: if it may, on CUDA, in bfloat16 or float32, on the whole
     vocabulary."""
