@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import dataclasses
 import fcntl
+import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -319,6 +320,7 @@ def train_block(job: Job, b: int) -> None:
         for name, p in student.named_parameters() if p is not theirs.get(name)
     }  # fmt: skip
     write_tensor_file(job.result(b), tensors)
+    shutil.rmtree(run.folder / "checkpoints", ignore_errors=True)  # larger than all that is kept
     run.logger.close()
 
 

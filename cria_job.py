@@ -50,15 +50,20 @@ class Cria(Transformer):
 
     def __init__(self, whole: ModelConfig, layers: range):
         nn.Module.__init__(self)
-        kinds = whole.layer_types[layers.start : layers.stop]
-        linear = whole.layer_types[: layers.start].count("linear_attention")
-        self.config = dataclasses.replace(
-            whole, num_hidden_layers=len(layers), layer_types=kinds, vocab_size=1,
-            mixer=whole.mixer[linear : linear + kinds.count("linear_attention")],
-        )  # fmt: skip
+        self.config = block_config(whole, layers)
         self.first_layer, self.compiled = layers.start, False
         self.layers = nn.ModuleList(Block(self.config, i) for i in range(len(layers)))
         self.norm = nn.Identity()
+
+
+def block_config(whole: ModelConfig, layers: range) -> ModelConfig:
+    """Some layers of a model as a model's shape; a vocabulary of 1 stands for no embedding."""
+    kinds = whole.layer_types[layers.start : layers.stop]
+    linear = whole.layer_types[: layers.start].count("linear_attention")
+    return dataclasses.replace(
+        whole, num_hidden_layers=len(layers), layer_types=kinds, vocab_size=1,
+        mixer=whole.mixer[linear : linear + kinds.count("linear_attention")],
+    )  # fmt: skip
 
 
 @dataclass
@@ -80,13 +85,12 @@ class Job:
 
     @property
     def blocks(self) -> list[range]:
-        count, size = self.teacher.num_hidden_layers, self.cfg.cria
-        return [range(i, min(i + size, count)) for i in range(0, count, size)]
+        return cut(self.teacher.num_hidden_layers, self.cfg.cria)
 
     @property
     def trained(self) -> list[int]:
         """Blocks with a layer that becomes linear; the others are the teacher's."""
-        return [b for b, block in enumerate(self.blocks) if set(block) & set(self.layers)]
+        return with_any(self.blocks, self.layers)
 
     def weights(self, block: int | str) -> Path:
         return self.folder / "weights" / name_of(block)
@@ -100,6 +104,16 @@ class Job:
 
     def result(self, block: int) -> Path:
         return self.folder / "blocks" / name_of(block) / "trained"
+
+
+def cut(layers: int, size: int) -> list[range]:
+    """Blocks of `size` layers; the last one may have fewer."""
+    return [range(i, min(i + size, layers)) for i in range(0, layers, size)]
+
+
+def with_any(blocks: list[range], layers: list[int]) -> list[int]:
+    """Which of the blocks have one of the layers."""
+    return [b for b, block in enumerate(blocks) if set(block) & set(layers)]
 
 
 def name_of(block: int | str) -> str:
@@ -159,8 +173,7 @@ def prepare(cfg: DistillConfig, argv: list[str]) -> Job:
     dtype = set_up_torch(cfg, world)
     _, data, _ = open_data(cfg, tokenizer, build=True)
     names = [name for name in cfg.stage_names() if name in ("align", "block")]
-    with torch.device("meta"):
-        shape = Cria(student, range(min(cfg.cria, student.num_hidden_layers))).config
+    shape = block_config(student, cut(student.num_hidden_layers, cfg.cria)[0])
     plans = [plan_stage(cfg, n, getattr(cfg, n), world, i, shape) for i, n in enumerate(names)]
     for plan in plans:
         set_length(plan, cfg, data)

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import torch
 
-from config import ModelConfig, StageConfig
+from config import STAGES, ModelConfig, StageConfig
 from hybrid_layers import build_mixer
 
 # Dense (not 2:4 sparse) bf16/fp16 tensor-core peak, FLOP/s, from the vendors' data sheets. The
@@ -208,6 +208,7 @@ def stage_flops(
       feature_maps, lora
                    the same without any weight gradient, lora with c = 0: what adapters and feature
                    maps take is left out.
+    block          as distill; its models have a vocabulary of 1, which stands for none.
     align          teacher forward up to the attention output of the last converted layer l,
                    sum_{i<l} (2 P + C)_i + (2 P_in + 2 P_o + C)_l, without head and l's MLP; then
                    for each converted student layer, whose input needs no gradient,
@@ -216,7 +217,7 @@ def stage_flops(
     Converted layers are those whose type is not the teacher's (without a teacher of the same
     depth: the linear layers).
     """
-    assert stage in ("pretrain", "align", "distill", "long"), stage
+    assert stage == "pretrain" or stage in STAGES, stage
     assert train in ("all", "mixers", "feature_maps", "lora"), train
     converted = _converted_layers(student, teacher)
     if stage == "align":

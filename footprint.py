@@ -78,7 +78,7 @@ def on_meta(plan: StagePlan, student: Transformer, layers: list[int]) -> Stage:
     """The stage's own objective and optimizer; `student` knows what it trains."""
     alone = World(0, 1, torch.device("cpu"))
     if plan.name == "align":
-        objective = AlignObjective(student, student, layers, alone)
+        objective = AlignObjective(student, student, plan.stage, layers, alone)
     else:
         objective = HeadObjective(student, None, plan.stage, alone, layers)
     optimizer = stage_optimizer(plan, objective, alone)

@@ -109,12 +109,11 @@ def flop_rates(run: Run, plan: StagePlan, student: Transformer, teacher) -> dict
     """FLOPs per token by PaLM's formula and as really needed, and the device's peak."""
     seq = plan.stage.seq_len
     config = student.config
-    kind = "distill" if plan.name == "block" else plan.name
-    guided = teacher and uses_teacher(kind, plan.stage)
+    guided = teacher and uses_teacher(plan.name, plan.stage)
     return {
         "model": model_flops_per_token(config, seq, num_matmul_params=matmul_params(config)),
         "useful": flops_per_token(
-            kind, config, teacher.config if guided else None, seq, plan.stage.train,
+            plan.name, config, teacher.config if guided else None, seq, plan.stage.train,
         ),
         "peak": peak_flops(run.world.device, run.dtype, run.cfg.peak_flops),
     }  # fmt: skip

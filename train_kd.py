@@ -22,6 +22,7 @@ import planner
 from budget import show_budget
 from cli import run_main
 from config import DistillConfig, UserError
+from cria_plan import cria_budget
 from data import eval_batches
 from distributed import (
     broadcast,
@@ -352,7 +353,10 @@ def default_preset(flags: dict[str, str]) -> str:
 
 def main(cfg: DistillConfig, argv: list[str]) -> None:
     try:
+        if cfg.cria and cfg.plan:
+            return show_budget(cfg, cria_budget(cfg))
         if cfg.cria:
+            planner.check_disk(cfg, cria_budget(cfg, full=False))
             cfg = cria.run(cfg, argv)
         if cfg is not None:
             distil(cfg, argv)

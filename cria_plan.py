@@ -1,0 +1,154 @@
+"""What a block-wise distillation would take; planner.py does the same for the other runs.
+
+    python train_kd.py --plan --cria 9 --teacher configs/shapes/llama-3.1-405b --layers all
+
+Memory is that of the largest block, which is planned as a small model without a vocabulary.
+Check: `pytest tests/test_cria_plan.py`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+from budget import Budget, StageBudget
+from config import DistillConfig
+from cria_files import PART_BYTES
+from cria_job import block_config, cut, refuse, with_any
+from flops import StageFlops, forward_flops, stage_flops
+from footprint import RUNTIME, held, meta_model, stage_memory
+from hf import read_config
+from planner import distillation, distillation_stages, machine, peak_rate, stage_budget
+from room import Saves, tokenizer_bytes
+from stage_plan import StagePlan, plan_stage
+from student import preflight, shares_trunk
+from trainer import run_folder
+
+SIDECAR_BYTES = 250  # of a .json
+
+
+def cria_budget(cfg: DistillConfig, full: bool = True) -> Budget:
+    """The budget of `train_kd.py --cria`, with what comes after the blocks; full: memory too."""
+    refuse(cfg)
+    layers, _, student, _ = preflight(dataclasses.replace(cfg, plan=True))
+    teacher = read_config(cfg.teacher)
+    blocks = cut(teacher.num_hidden_layers, cfg.cria)
+    trained = with_any(blocks, layers)
+    shapes = [(block_config(teacher, blocks[b]), block_config(student, blocks[b])) for b in trained]
+    names = [n for n in cfg.stage_names() if n in ("align", "block")]
+    own = dataclasses.replace(cfg, stages=",".join(names), parallel="ddp")
+    m = machine(own, shapes[0][1])
+    alone = dataclasses.replace(m, world=dataclasses.replace(m.world, size=1))
+    most = max(range(len(trained)), key=lambda k: len(set(blocks[trained[k]]) & set(layers)))
+    plans = [plan_stage(own, n, getattr(own, n), alone.world, i, shapes[0][1])
+             for i, n in enumerate(names)]  # fmt: skip
+    budget = Budget(m, peak_rate(cfg, m), [], known=not cfg.epochs)
+    rows = distinct_rows(plans[0])
+    budget.stages.append(collection(cfg, plans[0], teacher, blocks, trained, rows, alone))
+    local = [i - blocks[trained[most]].start for i in layers if i in blocks[trained[most]]]
+    guide, shape = shapes[most]
+    for stage in distillation_stages(own, plans, local, shape, True, m.dtype, False):
+        found = stage_budget(own, stage, guide, budget.known)
+        tokens, s = stage.plan.steps * stage.plan.stage.batch_tokens, stage.plan.stage
+        taught = min(tokens, s.unique_tokens or tokens)
+        work = [
+            stage_flops(found.name, mine, theirs, s.seq_len, s.train) for theirs, mine in shapes
+        ]
+        found.flops = sum(taught * w.teacher + tokens * (w.forward + w.backward) for w in work)
+        if full:
+            ours = {
+                n: p
+                for n, p in stage.student.named_parameters()
+                if not shares_trunk(own, False) or p.dtype != m.dtype or p.requires_grad
+            }
+            found.memory = {
+                "runtime": RUNTIME[m.world.device.type],
+                "teacher": held(meta_model(guide, m.dtype).named_parameters()),
+                "student": held(ours.items()), **stage_memory(own, alone, stage, guide),
+            }  # fmt: skip
+        budget.stages.append(found)
+    budget.disk = disk(cfg, budget, student, layers, blocks, trained, rows)
+    folder = run_folder(cfg, "") / "cria"
+    budget.there = sum(p.stat().st_size for p in folder.rglob("*.safetensors")) if cfg.run else 0
+    budget.notes.append(
+        f"collect, align, block: {len(trained)} blocks of {cfg.cria} layers, steps and FLOPs of a "
+        f"token those of one, hours those of all on {m.world.size}"
+    )
+    later = [n for n in cfg.stage_names() if n not in names]
+    if later:
+        rest = dataclasses.replace(cfg, cria=0, stages=",".join(later), student=str(folder))
+        after = distillation(rest, layers, student, False, full)
+        budget.stages += after.stages
+        budget.moments |= after.moments
+        budget.disk += [(f"{name} (after the blocks)", size) for name, size in after.disk]
+    return budget
+
+
+def distinct_rows(plan: StagePlan) -> int:
+    """Rows that align sees, each once; of a smaller data set there are fewer."""
+    seen = plan.steps * plan.rows
+    unique = plan.stage.unique_tokens
+    return min(seen, max(1, unique // plan.stage.seq_len)) if unique else seen
+
+
+def collection(cfg, plan, teacher, blocks, trained, rows, m) -> StageBudget:
+    """The pass that saves inputs."""
+    last = blocks[trained[-1]].start
+    before = block_config(teacher, range(last)) if last else None
+    work = forward_flops(before, plan.stage.seq_len) if before else 0.0
+    resident = min(cfg.cria_resident or len(blocks), trained[-1])
+    layers = resident * cfg.cria
+    sizes = held(meta_model(block_config(teacher, blocks[0]), m.dtype).named_parameters())
+    tokens = plan.micro_batch * plan.stage.seq_len
+    saved = len(trained) if resident == trained[-1] else resident + 1
+    row = plan.stage.seq_len * teacher.hidden_size * m.dtype.itemsize
+    memory = {
+        "runtime": RUNTIME[m.world.device.type],
+        "teacher": sizes * layers // cfg.cria
+        + teacher.vocab_size * teacher.hidden_size * m.dtype.itemsize,
+        "activations": tokens * m.dtype.itemsize
+        * (3 * teacher.intermediate_size + 6 * teacher.hidden_size),
+    }  # fmt: skip
+    if not m.gpu:
+        memory["held rows"] = (saved + 1) * min(PART_BYTES, rows * row)
+    total = rows * plan.stage.seq_len * work
+    none = Saves("collect", 0, 0, 0)
+    return StageBudget("collect", plan, 0, StageFlops(work, 0, 0), total, none, 0, memory)
+
+
+def disk(cfg, budget, student, layers, blocks, trained, rows) -> list[tuple[str, int]]:
+    """The parts of runs/RUN/cria."""
+    m, teacher = budget.machine, meta_model(read_config(cfg.teacher))
+    files = list(Path(cfg.teacher).glob("*.safetensors"))
+    weights = sum(p.stat().st_size for p in files)
+    weights = weights or teacher.num_params() * m.dtype.itemsize
+    item = weights // teacher.num_params()  # bytes of a stored weight
+    width = student.hidden_size * m.dtype.itemsize * len(trained)
+    plan = budget.stages[1].plan
+    calibration = min(512, cfg.calibrate_tokens) or 1
+    calibration *= cfg.calibrate_tokens // calibration
+    model = meta_model(student)
+    every = any(s.plan.stage.train == "all" for s in budget.stages)
+    targets = tuple(f"{t}_proj.weight" for t in cfg.lora_targets.split(","))
+    adapted = any(s.plan.stage.train == "lora" for s in budget.stages)
+    inside = tuple(f"layers.{i}." for b in trained for i in blocks[b])
+    kinds = tuple(f"layers.{i}.{k}." for i in layers for k in ("linear_attn", "self_attn"))
+    done, rest = 0, 0
+    for name, p in model.named_parameters():
+        if name.startswith(kinds) or (every and name.startswith(inside)):
+            done += p.numel() * 4
+        elif adapted and name.startswith(inside) and name.endswith(targets):
+            done += p.numel() * m.dtype.itemsize
+        else:
+            rest += p.numel() * item
+    saves = [s.saves for s in budget.stages[1:]]
+    kept = max(s.size * min(s.count, cfg.keep_checkpoints + 1) for s in saves)
+    return [
+        ("weights, a file per block", weights + SIDECAR_BYTES * len(blocks)),
+        ("inputs of blocks", rows * plan.stage.seq_len * width),
+        ("calibration", calibration * width),
+        ("distilled blocks", done),
+        ("checkpoints of blocks in training", kept * min(m.world.size, len(trained))),
+        ("the stitched student", done + rest + tokenizer_bytes(cfg.tokenizer or cfg.teacher)),
+        ("logs", sum(s.logs for s in budget.stages) * len(trained)),
+    ]
