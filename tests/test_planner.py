@@ -33,7 +33,7 @@ from lora import add_lora, wants_lora
 from ops.kd_head import buffer_bytes, buffers_alive, ce_head, kd_head
 from room import Saves, at_most
 from train import model_config
-from trainer import compute_dtype, stage_optimizer
+from trainer import compute_dtype
 
 CPU = World(0, 1, torch.device("cpu"))
 SHAPES = ROOT / "configs" / "shapes"
@@ -85,9 +85,7 @@ def test_what_trains_and_its_state_are_those_of_the_real_models(
         own = [p for p in student.parameters() if not shared or id(p) not in theirs]
         assert stage.memory["student"] == bytes_of(own)
         assert stage.memory["teacher"] == bytes_of(teacher.parameters())
-        held = sum(stage.memory[n] for n in ("gradients",))
-        assert held in (0, bytes_of(trained))
-        stage_optimizer(stage.plan, real.objective, CPU)
+        assert stage.memory["gradients"] in (0, bytes_of(trained))
     assert shared == (train != "all")
 
 
@@ -186,6 +184,7 @@ def test_more_of_anything_takes_more():
     plain = total()
     assert total("--distill_seq_len=8192") > plain
     assert total("--distill_micro_batch=2") > plain
+    assert memory("--distill_micro_batch=2")["activations"] == 2 * memory()["activations"] > 0
     assert total("--trunk_dtype=bfloat16") < plain
     modes = [total(f"--activation_checkpointing={m}") for m in ("full", "selective", "none")]
     assert modes == sorted(modes) and modes[2] == plain and modes[0] < modes[1] < modes[2]
@@ -245,12 +244,15 @@ def left_behind(budget: Budget) -> int:
     return sum(size for name, size in budget.disk if "being written" not in name)
 
 
-@pytest.mark.parametrize("more", [[], ["--save_every=2", "--max_steps=5"], ["--distill_train=all"]])
+@pytest.mark.parametrize(
+    "more",
+    [[], ["--save_every=2", "--max_steps=5"], ["--distill_train=all"], ["--dtype=bfloat16"]],
+)
 def test_a_distillation_leaves_behind_what_was_planned(tiny_teacher, tiny_data, tmp_path, more):
     flags = kd_flags(tiny_teacher, tiny_data, tmp_path, "a", *more)
     budget = kd_budget(*flags)
     call_script("train_kd", *flags)
-    assert left_behind(budget) == pytest.approx(du(tmp_path / "a"), rel=0.05)
+    assert left_behind(budget) == pytest.approx(du(tmp_path / "a"), rel=0.03)
     saved = len(list((tmp_path / "a" / "checkpoints").iterdir()))
     assert budget.disk[0][0] == f"checkpoints, {saved} kept"
 
@@ -260,7 +262,7 @@ def test_pretraining_leaves_behind_what_was_planned(tiny_data, tmp_path):
     cfg = config_of(PretrainConfig, *flags)
     budget = planner.pretraining(cfg, model_config(cfg, 257, 256), None)
     call_script("train", *flags)
-    assert left_behind(budget) == pytest.approx(du(tmp_path / "p"), rel=0.05)
+    assert left_behind(budget) == pytest.approx(du(tmp_path / "p"), rel=0.03)
 
 
 def test_the_most_that_is_there_at_once():
@@ -380,6 +382,8 @@ def test_a_length_that_the_data_decides(tiny_teacher, tiny_data, tmp_path, capsy
     out = capsys.readouterr().out
     steps = {s.name: int(re.search(rf"{s.name}: (\d+) steps", out)[1]) for s in budget.stages}
     assert steps == {s.name: s.plan.steps for s in budget.stages}
+    tokens = int(re.search(r"data: ([\d,]+) tokens", out)[1].replace(",", ""))
+    assert steps["distill"] == 2 * tokens // 64
     cfg = config_of(PretrainConfig, "--plan", "--device=cpu")
     unknown = planner.pretraining(cfg, model_config(cfg, 257, 256), None)
     assert not unknown.known
