@@ -32,6 +32,7 @@ class StageBudget:
     saves: Saves
     logs: int  # bytes
     memory: dict[str, int] = field(default_factory=dict)
+    devices: int = 0  # that work on it; 0: all
 
 
 @dataclass
@@ -71,10 +72,11 @@ def show_budget(cfg: TrainConfig, budget: Budget) -> None:
     m = budget.machine
     if m.world.rank or os.environ.get("RANK", "0") != "0":
         return
-    rate = budget.peak and cfg.plan_mfu * budget.peak * m.world.size
+    rate = budget.peak and cfg.plan_mfu * budget.peak  # of one
     rows = []
     for s in budget.stages:
         size, known = s.plan.stage, budget.known
+        hours = rate and s.flops / rate / (s.devices or m.world.size) / 3600
         rows.append({
             "stage": s.name, "steps": f"{s.plan.steps:,}" if known else "by the data",
             "tokens": f"{s.plan.steps * size.batch_tokens:,}" if known else "-",
@@ -82,7 +84,7 @@ def show_budget(cfg: TrainConfig, budget: Budget) -> None:
             "teacher": f"{s.per_token.teacher:.3g}", "forward": f"{s.per_token.forward:.3g}",
             "backward": f"{s.per_token.backward:.3g}",
             "FLOPs in all": f"{s.flops:.3g}" if known else "-",
-            "hours": f"{s.flops / rate / 3600:,.4g}" if known and rate else "-",
+            "hours": f"{hours:,.4g}" if known and rate else "-",
         })  # fmt: skip
     kind = str(m.dtype).removeprefix("torch.")
     how = f"fsdp over {m.shards}" if m.shards > 1 else "whole models"

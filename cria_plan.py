@@ -72,7 +72,7 @@ def cria_budget(cfg: DistillConfig, full: bool = True) -> Budget:
     budget.there = sum(p.stat().st_size for p in folder.rglob("*.safetensors")) if cfg.run else 0
     budget.notes.append(
         f"collect, align, block: {len(trained)} blocks of {cfg.cria} layers, steps and FLOPs of a "
-        f"token those of one, hours those of all on {m.world.size}"
+        f"token those of one; hours those of all, collect on one GPU, the others on {m.world.size}"
     )
     later = [n for n in cfg.stage_names() if n not in names]
     if later:
@@ -113,7 +113,7 @@ def collection(cfg, plan, teacher, blocks, trained, rows, m) -> StageBudget:
         memory["held rows"] = (saved + 1) * min(PART_BYTES, rows * row)
     total = rows * plan.stage.seq_len * work
     none = Saves("collect", 0, 0, 0)
-    return StageBudget("collect", plan, 0, StageFlops(work, 0, 0), total, none, 0, memory)
+    return StageBudget("collect", plan, 0, StageFlops(work, 0, 0), total, none, 0, memory, 1)
 
 
 def disk(cfg, budget, student, layers, blocks, trained, rows) -> list[tuple[str, int]]:

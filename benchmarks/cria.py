@@ -103,7 +103,9 @@ def block_steps(job: Job, from_disk: bool) -> float:
     count = torch.ones((), device=device)
     amp = amp_context(device, job.dtype)
     for step in range(plan.steps):
-        batches = [batch.to(device) for batch in loader.next_step()]
+        batches = loader.next_step()
+        if from_disk:
+            batches = [batch.to(device) for batch in batches]
         with amp(), sdpa_priority(device):
             objective.backward(batches, count)
         for p in objective.params.values():
