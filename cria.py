@@ -31,13 +31,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from config import DistillConfig, UserError
-from cria_files import (
-    Background,
-    RowWriter,
-    is_finished,
-    read_tensor_file,
-    write_tensor_file,
-)
+from cria_files import Background, RowWriter, is_finished, read_tensor_file, write_tensor_file
 from cria_job import Cria, Job, load_block, name_of, prepare, say
 from data import PackedLoader
 from distributed import compile_blocks
@@ -55,12 +49,7 @@ from lora import add_lora, merge_lora, wants_lora
 from model import Transformer
 from objectives import AlignObjective, BlockObjective
 from recompute import set_recompute
-from student import (
-    calibrate,
-    calibration_loader,
-    mixer_shape,
-    set_trainable,
-)
+from student import calibrate, calibration_loader, mixer_shape, set_trainable
 from trainer import (
     amp_context,
     compile_wanted,

@@ -14,34 +14,18 @@ import torch
 from torch import nn
 
 from config import DistillConfig, ModelConfig, UserError
-from cria_files import (
-    SavedRows,
-    read_tensor_file,
-    sealed,
-    unsealed,
-)
+from cria_files import SavedRows, read_tensor_file, sealed, unsealed
 from distributed import World, this_process
-from hf import read_config
-from hybrid_layers import (
-    resolve_kernels,
-    use_kernels,
-)
+from hf import HYBRIDS, model_type, read_config
+from hybrid_layers import resolve_kernels, use_kernels
 from layer_lists import auto_share
 from mixture import Mixture
 from model import Block, Transformer
 from shard_writer import write_file
 from stage_plan import StagePlan, plan_stage, set_length
-from student import (
-    preflight,
-    run_identity,
-)
+from student import preflight, run_identity
 from tokenizer import load_tokenizer
-from trainer import (
-    open_data,
-    run_folder,
-    same_identity,
-    set_up_torch,
-)
+from trainer import open_data, run_folder, same_identity, set_up_torch
 
 
 class Cria(Transformer):
@@ -149,6 +133,11 @@ def refuse(cfg: DistillConfig) -> None:
                 f"--block_{flag}: {getattr(cfg.block, flag)} found, align's "
                 f"{getattr(cfg.align, flag)} expected: both see the rows that were saved"
             )
+    if model_type(cfg.teacher) in HYBRIDS:
+        raise UserError(
+            f"--teacher: a {model_type(cfg.teacher)} found, softmax layers or a model of ours "
+            f"expected with --cria"
+        )
     if cfg.cria_step != "all" and not cfg.run:
         raise UserError(f"--cria_step: {cfg.cria_step} found without --run, the name of the run")
     if cfg.cria_block >= 0 and cfg.cria_step != "train":
@@ -177,6 +166,7 @@ def prepare(cfg: DistillConfig, argv: list[str]) -> Job:
     plans = [plan_stage(cfg, n, getattr(cfg, n), world, i, shape) for i, n in enumerate(names)]
     for plan in plans:
         set_length(plan, cfg, data)
+        plan.seed = plans[0].seed  # which rows have repeated spans hangs on it: those were saved
     identity = run_identity(cfg, layers, True, plans, data, dtype)
     identity |= {"cria": cfg.cria, "steps": {plan.name: plan.steps for plan in plans}}
     teacher = read_config(cfg.teacher)
@@ -209,6 +199,11 @@ def load_block(job: Job, b: int) -> Cria:
             tensors[f"layers.{int(layer) - block.start}.{rest}"] = tensor.to(
                 job.world.device, job.dtype
             )
+    missing = sorted(model.state_dict().keys() - tensors.keys())
+    if missing:
+        _, layer, rest = missing[0].split(".", 2)
+        name = f"layers.{int(layer) + block.start}.{rest}"
+        raise UserError(f"{job.cfg.teacher}: weight {name} is missing ({len(missing)} in all)")
     model.load_state_dict(tensors, assign=True)
     kernels = resolve_kernels(model.config, job.cfg.kernel, job.world.device, job.cfg.dtype)
     use_kernels(model, kernels, job.world.device)

@@ -149,6 +149,14 @@ def _windows(raw: dict) -> tuple[int, list[str]]:
     return (window if "sliding_attention" in kinds else 0), list(kinds)
 
 
+def model_type(folder: str | Path) -> str:
+    """What config.json says; UserError without one."""
+    path = Path(folder) / "config.json"
+    if not path.is_file():
+        raise no_model(folder)
+    return _read_json(path).get("model_type", "")
+
+
 def tokenizer_spec(folder: str | Path) -> str:
     """What `load_tokenizer` takes for this model: its folder, or the name it was trained with."""
     folder = Path(folder)

@@ -26,7 +26,7 @@ from evaluate import inputs
 from hf import load_model
 from hybrid_layers import MIXERS
 from model import Transformer
-from trainer import amp_context
+from trainer import amp_context, stage_loader
 
 COMMON = ("--layers=all", "--mixer=hedgehog_window", "--linear_window=8", "--align_tokens=2560",
           "--block_tokens=2560", "--block_seq_len=32", "--block_batch_tokens=64",
@@ -321,6 +321,34 @@ def test_what_cannot_be_is_refused(flags, refused, line, more, tmp_path):
         call_script("train_kd", *flags("x", "--cria=2", "--layers=0", "--cria_step=shard"))
     assert line in refused("train_kd", *flags("x", "--cria=2", *more))
     assert "no layer" in line or not (tmp_path / "x").exists()
+
+
+def test_the_stage_block_sees_the_rows_that_were_saved(flags):
+    """With their repeated spans, in another order."""
+    job = job_of(flags("a", "--cria=2", "--stages=align,block", "--align_repeat_rows=0.5",
+                       "--block_repeat_rows=0.5"))  # fmt: skip
+    _, align, order = list(row_sets(job))[1]
+    block = stage_loader(job.cfg, job.plans[1], job.data, job.world, sorted(set(order)))
+    seen = [row for step in range(20) for row in block.step_rows(step * 2).flatten().tolist()]
+    assert set(seen) <= set(order) and seen != order[: len(seen)]
+    for row in seen:
+        a, b = align.batch_of([row]), block.batch_of([row])
+        assert a.input_ids.equal(b.input_ids) and a.cu_seqlens.equal(b.cu_seqlens)
+
+
+def test_a_teacher_that_is_not_whole(flags, tiny_teacher, tmp_path, refused):
+    from safetensors.torch import load_file, save_file
+
+    teacher = tmp_path / "teacher"
+    shutil.copytree(tiny_teacher, teacher)
+    tensors = load_file(teacher / "model.safetensors")
+    del tensors["model.layers.3.mlp.up_proj.weight"]
+    save_file(tensors, teacher / "model.safetensors")
+    found = [f for f in flags("a", "--cria=2", "--stages=align") if "--teacher" not in f]
+    line = refused("train_kd", *found, f"--teacher={teacher}")
+    assert "weight layers.3.mlp.up_proj.weight is missing (1 in all)" in line
+    (teacher / "config.json").write_text('{"model_type": "bamba"}')
+    assert "--teacher: a bamba found" in refused("train_kd", *found, f"--teacher={teacher}")
 
 
 def test_another_run_in_the_folder_is_refused(flags, refused):
