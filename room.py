@@ -107,8 +107,9 @@ def parent_that_is(folder: Path) -> Path:
 def check_room(cfg: TrainConfig, parts: list[tuple[str, int]], there: int) -> None:
     """UserError where the disk lacks room for the run. The same on every rank, if the folder is."""
     where = parent_that_is(Path(cfg.save_model_dir))
-    needed, free = sum(size for _, size in parts) - there, shutil.disk_usage(where).free
-    if needed > free:
+    needed, disk = sum(size for _, size in parts) - there, shutil.disk_usage(where)
+    free = disk.free
+    if disk.total and needed > free:  # no size: a file system of the kernel's, /sys or the like
         raise UserError(
             f"--save_model_dir: {free:,} bytes free in {cfg.save_model_dir} found, {needed:,} "
             f"expected for checkpoints and the saved model (--plan shows the parts)"

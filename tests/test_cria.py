@@ -107,7 +107,12 @@ def joint_and_blocks(flags, size, *more) -> tuple[dict, dict]:
     return weights(out / "joint" / "model"), weights(out / "blocks" / "cria" / "student")
 
 
-@pytest.mark.parametrize("mixer", MIXERS)
+QUICK = ("hedgehog_window", "gated_deltanet", "rwkv6")  # rwkv6 begins with random parts
+
+
+@pytest.mark.parametrize(
+    "mixer", [m if m in QUICK else pytest.param(m, marks=pytest.mark.slow) for m in MIXERS]
+)
 def test_blocks_trained_alone_are_the_jointly_aligned_student(flags, mixer):
     joint, mine = joint_and_blocks(flags, 3, f"--mixer={mixer}")
     assert joint.keys() == mine.keys()
@@ -116,7 +121,6 @@ def test_blocks_trained_alone_are_the_jointly_aligned_student(flags, mixer):
 
 
 CASES = {
-    "one layer": (1, ()),
     "all layers": (9, ()),
     "some": (2, ("--layers=0,3",)),
     "teacher's untouched block": (1, ("--layers=1,2",)),
@@ -125,8 +129,7 @@ CASES = {
     "kept rows": (3, ("--align_unique_tokens=1024",)),
     "more passes than one": (3, ("--align_tokens=13824", "--align_batch_tokens=256")),
     "repeated spans": (2, ("--align_repeat_rows=0.5",)),
-    "uncalibrated": (2, ("--calibrate_tokens=0",)),
-    "one block in memory": (1, ("--cria_resident=1",)),
+    "one block in memory": (1, ("--cria_resident=1", "--calibrate_tokens=0")),
     "two blocks in memory, some layers": (1, ("--cria_resident=2", "--layers=0,3")),
 }  # fmt: skip
 
@@ -217,7 +220,7 @@ def die_at(monkeypatch, module, name: str, call: int) -> None:
     monkeypatch.setattr(module, name, dying)
 
 
-@pytest.mark.parametrize("call", [1, 2, 4, 7])
+@pytest.mark.parametrize("call", [1, 4, 7])
 def test_collect_goes_on_where_it_was_killed(flags, tmp_path, monkeypatch, call):
     """The same files, whichever was the last."""
     monkeypatch.setattr(cria_files, "PART_BYTES", 3 * 32 * 48 * 4)  # parts of four rows
@@ -239,7 +242,7 @@ def test_collect_goes_on_where_it_was_killed(flags, tmp_path, monkeypatch, call)
     assert len(whole) > 20 and whole == killed
 
 
-@pytest.mark.parametrize("step", [2, 50, 130])
+@pytest.mark.parametrize("step", [50])
 def test_a_killed_block_goes_on(flags, tmp_path, monkeypatch, step):
     """From its last checkpoint, to the same bytes."""
     import trainer

@@ -180,6 +180,7 @@ def total(*flags, **how) -> int:
     return sum(memory(*flags, **how).values())
 
 
+@pytest.mark.slow
 def test_more_of_anything_takes_more():
     plain = total()
     assert total("--distill_seq_len=8192") > plain

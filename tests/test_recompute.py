@@ -76,7 +76,7 @@ def test_only_while_training():
     set_recompute(model, "full")
     for block in model.layers:
         compute = block.compute
-        block.compute = lambda *args, f=compute: (direct.append(len(args) == 4), f(*args))[1]
+        block.compute = lambda *args, f=compute: (direct.append(len(args) == 5), f(*args))[1]
     ids = random_ids(model, 1, 5)
     model(ids)
     assert direct == [False] * 2
