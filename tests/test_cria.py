@@ -242,6 +242,7 @@ def test_collect_goes_on_where_it_was_killed(flags, tmp_path, monkeypatch, call)
     assert len(whole) > 20 and whole == killed
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("step", [50])
 def test_a_killed_block_goes_on(flags, tmp_path, monkeypatch, step):
     """From its last checkpoint, to the same bytes."""

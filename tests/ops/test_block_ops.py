@@ -115,6 +115,7 @@ def check_rotation(device: str) -> None:
 CHECKS = [check_swiglu, check_rotation]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("check", CHECKS, ids=lambda c: c.__name__)
 def test_triton_interpreted(check):
     """Triton decides when it is imported whether it interprets: a process of its own."""

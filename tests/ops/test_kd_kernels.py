@@ -146,6 +146,7 @@ def interpret(name: str) -> None:
         globals()[name]("cpu")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("check", CHECKS, ids=lambda c: c.__name__)
 def test_interpreted(check):
     pytest.importorskip("triton")

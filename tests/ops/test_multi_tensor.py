@@ -305,6 +305,7 @@ def interpret() -> None:
             check("cpu")
 
 
+@pytest.mark.slow
 def test_interpreted():
     pytest.importorskip("triton")
     here = Path(__file__).resolve().parent

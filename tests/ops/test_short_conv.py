@@ -91,6 +91,7 @@ def compiled(*args):
     return torch.compile(triton_short_conv, fullgraph=True, backend="aot_eager")(*args)
 
 
+@pytest.mark.slow
 def test_triton_interpreted():
     """Triton decides when it is imported whether it interprets: a process of its own."""
     pytest.importorskip("triton")
