@@ -136,6 +136,9 @@ def resident_groups(job: Job) -> list[range]:
 
 
 def collect(job: Job) -> None:
+    """Save the inputs of all blocks; not again where every block is distilled."""
+    if all(is_finished(job.result(b)) for b in job.trained):
+        return
     for kind, loader, order in row_sets(job):
         for group in resident_groups(job):
             collect_group(job, kind, loader, order, group)

@@ -87,7 +87,7 @@ class Job:
         return SavedRows(self.inputs(kind, block), pin=self.world.device.type == "cuda")
 
     def result(self, block: int) -> Path:
-        return self.folder / "blocks" / name_of(block) / "trained"
+        return result_of(self.folder, block)
 
 
 def cut(layers: int, size: int) -> list[range]:
@@ -102,6 +102,11 @@ def with_any(blocks: list[range], layers: list[int]) -> list[int]:
 
 def name_of(block: int | str) -> str:
     return block if isinstance(block, str) else f"block-{block:03d}"
+
+
+def result_of(folder: Path, block: int) -> Path:
+    """What is distilled of a block, in a run's folder cria."""
+    return folder / "blocks" / name_of(block) / "trained"
 
 
 def say(line: str) -> None:

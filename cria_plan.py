@@ -13,12 +13,19 @@ from pathlib import Path
 
 from budget import Budget, StageBudget
 from config import DistillConfig
-from cria_files import PART_BYTES
-from cria_job import block_config, cut, refuse, with_any
+from cria_files import PART_BYTES, is_finished
+from cria_job import block_config, cut, refuse, result_of, with_any
 from flops import StageFlops, forward_flops, stage_flops
 from footprint import RUNTIME, held, meta_model, stage_memory
 from hf import read_config
-from planner import distillation, distillation_stages, machine, peak_rate, stage_budget
+from planner import (
+    distillation,
+    distillation_stages,
+    machine,
+    peak_rate,
+    stage_budget,
+    total_flops,
+)
 from room import Saves, tokenizer_bytes
 from stage_plan import StagePlan, plan_stage
 from student import preflight, shares_trunk
@@ -49,12 +56,11 @@ def cria_budget(cfg: DistillConfig, full: bool = True) -> Budget:
     guide, shape = shapes[most]
     for stage in distillation_stages(own, plans, local, shape, True, m.dtype, False):
         found = stage_budget(own, stage, guide, budget.known)
-        tokens, s = stage.plan.steps * stage.plan.stage.batch_tokens, stage.plan.stage
-        taught = min(tokens, s.unique_tokens or tokens)
+        s = stage.plan.stage
         work = [
             stage_flops(found.name, mine, theirs, s.seq_len, s.train) for theirs, mine in shapes
         ]
-        found.flops = sum(taught * w.teacher + tokens * (w.forward + w.backward) for w in work)
+        found.flops = sum(total_flops(stage.plan, w) for w in work)
         if full:
             ours = {
                 n: p
@@ -67,8 +73,9 @@ def cria_budget(cfg: DistillConfig, full: bool = True) -> Budget:
                 "student": held(ours.items()), **stage_memory(own, alone, stage, guide),
             }  # fmt: skip
         budget.stages.append(found)
-    budget.disk = disk(cfg, budget, student, layers, blocks, trained, rows)
     folder = run_folder(cfg, "") / "cria"
+    left = [b for b in trained if not (cfg.run and is_finished(result_of(folder, b)))]
+    budget.disk = disk(cfg, budget, student, layers, blocks, trained, rows, len(left))
     budget.there = sum(p.stat().st_size for p in folder.rglob("*.safetensors")) if cfg.run else 0
     budget.notes.append(
         f"collect, align, block: {len(trained)} blocks of {cfg.cria} layers, steps and FLOPs of a "
@@ -116,14 +123,15 @@ def collection(cfg, plan, teacher, blocks, trained, rows, m) -> StageBudget:
     return StageBudget("collect", plan, 0, StageFlops(work, 0, 0), total, none, 0, memory, 1)
 
 
-def disk(cfg, budget, student, layers, blocks, trained, rows) -> list[tuple[str, int]]:
-    """The parts of runs/RUN/cria."""
+def disk(cfg, budget, student, layers, blocks, trained, rows, left) -> list[tuple[str, int]]:
+    """The parts of runs/RUN/cria. left: blocks that are not distilled yet; where there is none,
+    inputs may be gone."""
     m, teacher = budget.machine, meta_model(read_config(cfg.teacher))
     files = list(Path(cfg.teacher).glob("*.safetensors"))
     weights = sum(p.stat().st_size for p in files)
     weights = weights or teacher.num_params() * m.dtype.itemsize
     item = weights // teacher.num_params()  # bytes of a stored weight
-    width = student.hidden_size * m.dtype.itemsize * len(trained)
+    width = student.hidden_size * m.dtype.itemsize * len(trained) * (left > 0)
     plan = budget.stages[1].plan
     calibration = min(512, cfg.calibrate_tokens) or 1
     calibration *= cfg.calibrate_tokens // calibration
@@ -148,7 +156,7 @@ def disk(cfg, budget, student, layers, blocks, trained, rows) -> list[tuple[str,
         ("inputs of blocks", rows * plan.stage.seq_len * width),
         ("calibration", calibration * width),
         ("distilled blocks", done),
-        ("checkpoints of blocks in training", kept * min(m.world.size, len(trained))),
+        ("checkpoints of blocks in training", kept * min(m.world.size, left)),
         ("the stitched student", done + rest + tokenizer_bytes(cfg.tokenizer or cfg.teacher)),
         ("logs", sum(s.logs for s in budget.stages) * len(trained)),
     ]

@@ -23,6 +23,7 @@ from flops import (
     MEMORY_GIB,
     MEMORY_SEEN,
     PEAK_FLOPS,
+    StageFlops,
     forward_flops,
     peak_flops,
     peak_of_name,
@@ -144,6 +145,13 @@ def distillation_stages(
         yield on_meta(plan, student, layers)
 
 
+def total_flops(plan: StagePlan, work: StageFlops) -> float:
+    """FLOPs of a stage whose tokens need `work` each."""
+    tokens = plan.steps * plan.stage.batch_tokens
+    taught = min(tokens, plan.stage.unique_tokens or tokens)  # what is kept is computed once
+    return taught * work.teacher + tokens * (work.forward + work.backward)
+
+
 def stage_budget(
     cfg: TrainConfig, stage: Stage, teacher: ModelConfig | None, known: bool
 ) -> StageBudget:
@@ -154,9 +162,7 @@ def stage_budget(
     work = stage_flops(kind, stage.student.config, guide, s.seq_len, s.train)
     if kind == "pretrain" and guide is not None:
         work = work._replace(teacher=forward_flops(guide, s.seq_len))
-    tokens = plan.steps * s.batch_tokens
-    taught = min(tokens, s.unique_tokens or tokens)  # what is kept of the teacher is not computed
-    total = taught * work.teacher + tokens * (work.forward + work.backward)
+    total = total_flops(plan, work)
     trained = sum(p.numel() for p in stage.objective.params.values())
     count = 1
     if cfg.save_every:

@@ -98,6 +98,23 @@ def test_the_command(flags, tmp_path, capsys):  # noqa: F811
     assert not (tmp_path / "a").exists()
 
 
+def test_inputs_may_go_when_all_blocks_are_done(flags, tmp_path, monkeypatch):  # noqa: F811
+    """They are not asked for again, neither of the disk nor of the teacher."""
+    import shutil
+    from collections import namedtuple
+
+    found = flags("a", "--cria=2", "--stages=align")
+    call_script("train_kd", *found)
+    inputs = tmp_path / "a" / "cria" / "inputs"
+    size = sum(p.stat().st_size for p in inputs.rglob("*.safetensors"))
+    shutil.rmtree(inputs)
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10, 9, size // 2))
+    for step in ("stitch", "all"):
+        call_script("train_kd", *found, f"--cria_step={step}")
+    assert not inputs.exists()
+
+
 def test_a_disk_without_room_is_refused(flags, tmp_path, refused, monkeypatch):  # noqa: F811
     import shutil
     from collections import namedtuple
