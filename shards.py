@@ -9,10 +9,12 @@ here imports torch.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import os
 import struct
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -31,10 +33,12 @@ HEADER_HASH = struct.Struct("<Q")
 
 GPT2_MAGIC, GPT2_VERSION, GPT2_EOT = 20240520, 1, 50256
 SCAN_BYTES = 1 << 25
+MAX_OPEN = 128  # files a data set keeps open, far below the 1,024 that a process may
 
 
 class TokenDataset:
-    """One split as a single run of tokens over all its shards, memory-mapped. See `open`.
+    """One split as a single run of tokens over all its shards, read from the page cache as they
+    are asked for. See `open`.
 
     name             folder and split, for messages
     num_tokens       over all shards
@@ -65,7 +69,7 @@ class TokenDataset:
     ):
         self.name = name
         self._shards = shards
-        self._plain = [shard.view(np.ndarray) for shard in shards]  # slicing a memmap is slow
+        self._reader = functools.lru_cache(MAX_OPEN)(lambda shard: _Reader(shards[shard]))
         self._starts = np.cumsum([0] + [len(shard) for shard in shards])
         self.num_tokens = int(self._starts[-1])
         self.doc_ends = doc_ends
@@ -100,12 +104,11 @@ class TokenDataset:
         done = 0
         while done < n:
             offset, data = start + done - int(self._starts[shard]), self._shards[shard]
-            _check_size(data)
             piece = out[done : done + len(data) - offset]
-            piece[:] = self._plain[shard][offset : offset + n - done]
+            piece[:] = self._reader(shard)(offset, len(piece))
             if self.vocab_size and piece.size and piece.max() >= self.vocab_size:
                 raise UserError(
-                    f"{data.filename}: token {piece.max()} among those from {offset} on, ids below"
+                    f"{data.path}: token {piece.max()} among those from {offset} on, ids below"
                     f" {self.vocab_size} expected; the file is damaged"
                 )
             done += len(piece)
@@ -137,6 +140,67 @@ class TokenDataset:
                 f"--data {self.name}: holds token {self.min_vocab_size - 1}, expected ids below"
                 f" {tokenizer.vocab_size} ({expected})"
             )
+
+
+class _Shard:
+    """The tokens of one file: `tokens` little-endian integers of `itemsize` bytes after `offset`.
+
+    They are read, not memory-mapped: where a mapped file is cut off, or its disk fails, the
+    process that touches it ends with SIGBUS and without a word.
+    """
+
+    def __init__(self, path: Path, offset: int, tokens: int, itemsize: int):
+        self.path, self.offset, self.tokens = path, offset, tokens
+        self.dtype = np.dtype(f"<u{itemsize}")
+
+    def __len__(self) -> int:
+        return self.tokens
+
+    def parts(self) -> Iterator[np.ndarray]:
+        """Consecutive pieces small enough to hash and scan without holding a whole shard."""
+        read, step = _Reader(self), SCAN_BYTES // self.dtype.itemsize
+        return (read(i, min(step, len(self) - i)) for i in range(0, len(self), step))
+
+
+class _Reader:
+    """A shard's open file: called with a first token and a count, it gives an array [count]."""
+
+    def __init__(self, shard: _Shard):
+        self.shard = shard
+        self._file = None
+        try:
+            self._file = os.open(shard.path, os.O_RDONLY)
+        except OSError as error:
+            raise UserError(f"{shard.path}: {error.strerror}; it was there at first") from error
+
+    def __call__(self, first: int, count: int) -> np.ndarray:
+        size = count * self.shard.dtype.itemsize
+        raw = self._read(size, self.shard.offset + first * self.shard.dtype.itemsize)
+        return np.frombuffer(raw, self.shard.dtype)
+
+    def _read(self, size: int, at: int) -> bytes:
+        raw = b""
+        while len(raw) < size:  # one call gives 2 GiB at most
+            try:
+                more = os.pread(self._file, size - len(raw), at + len(raw))
+            except OSError as error:
+                raise UserError(f"{self.shard.path}: {error.strerror} at byte {at}") from error
+            if not more:
+                raise UserError(self._cut_off())
+            raw = raw + more if raw else more
+        return raw
+
+    def _cut_off(self) -> str:
+        found = os.fstat(self._file).st_size
+        expected = self.shard.offset + self.shard.tokens * self.shard.dtype.itemsize
+        return (
+            f"{self.shard.path}: {found} bytes found, {expected} expected; it was cut off after"
+            " the run began"
+        )
+
+    def __del__(self):
+        if self._file is not None:
+            os.close(self._file)
 
 
 def split_names(folder: str | Path) -> list[str]:
@@ -185,7 +249,7 @@ def _open_shards(cls, folder: Path, split: str, verify: bool) -> TokenDataset:
     )
 
 
-def _open_shard(path: Path, verify: bool) -> tuple[np.ndarray, np.ndarray, dict]:
+def _open_shard(path: Path, verify: bool) -> tuple[_Shard, np.ndarray, dict]:
     try:
         with open(path, "rb") as file:
             raw = file.read(HEADER_BYTES)
@@ -207,14 +271,13 @@ def _open_shard(path: Path, verify: bool) -> tuple[np.ndarray, np.ndarray, dict]
     expected = HEADER_BYTES + tokens * itemsize
     if size != expected:
         raise UserError(f"{path}: {size} bytes, expected {expected} for {tokens} tokens")
-    # shape= makes numpy refuse a short file; without it an offset map is silently shorter.
-    data = np.memmap(path, f"<u{itemsize}", "r", offset=HEADER_BYTES, shape=(tokens,))
+    data = _Shard(path, HEADER_BYTES, tokens, itemsize)
     ends = _load_ends(sidecar_of(path))
     if len(ends) != documents or ends[-1] != tokens or xxhash.xxh3_64_intdigest(ends) != sidecar:
         raise UserError(f"{sidecar_of(path)}: damaged, or not of {path.name} (checksum mismatch)")
     if verify:
         hasher = xxhash.xxh3_64()
-        for part in _parts(data):
+        for part in data.parts():
             hasher.update(part)
         if hasher.intdigest() != payload:
             raise UserError(f"{path}: the tokens do not match their checksum; the file is damaged")
@@ -232,9 +295,9 @@ def _open_nanogpt(cls, spec: str, split: str) -> TokenDataset:
     paths = _nanogpt_files(spec, Path(spec.removeprefix("nanogpt:")).expanduser(), split)
     shards, digests, ends, top = [], [], [], 0
     for path in paths:
-        data = _map_nanogpt(path)
+        data = _open_nanogpt_file(path)
         hasher, offset = xxhash.xxh3_64(), sum(map(len, shards))
-        for part in _parts(data):
+        for part in data.parts():
             hasher.update(part)
             ends.append(np.flatnonzero(part == GPT2_EOT) + offset + 1)
             top = max(top, int(part.max()))
@@ -274,7 +337,7 @@ def _nanogpt_files(spec: str, path: Path, split: str) -> list[Path]:
     return [path]
 
 
-def _map_nanogpt(path: Path) -> np.ndarray:
+def _open_nanogpt_file(path: Path) -> _Shard:
     size = path.stat().st_size
     head = np.fromfile(path, "<i4", count=3)
     if len(head) == 3 and head[0] == GPT2_MAGIC:
@@ -287,20 +350,7 @@ def _map_nanogpt(path: Path) -> np.ndarray:
         raise UserError(
             f"{path}: {size} bytes, expected {offset} + 2 for each of {max(tokens, 1)} tokens"
         )
-    return np.memmap(path, "<u2", "r", offset=offset, shape=(tokens,))
-
-
-def _check_size(data: np.memmap) -> None:
-    """UserError where the file has become shorter: reading past its end would kill the process."""
-    try:
-        size = os.stat(data.filename).st_size
-    except FileNotFoundError:
-        return  # what is mapped stays, also without a name
-    if size < data.offset + data.nbytes:
-        raise UserError(
-            f"{data.filename}: {size} bytes found, {data.offset + data.nbytes} expected; it was"
-            " cut off after the run began"
-        )
+    return _Shard(path, offset, tokens, 2)
 
 
 def sidecar_of(path: Path) -> Path:
@@ -334,9 +384,3 @@ def load_meta(path: Path) -> dict:
     if meta["version"] != VERSION:
         raise UserError(f"{path}: format version {meta['version']}, expected {VERSION}")
     return meta
-
-
-def _parts(data: np.ndarray):
-    """Consecutive pieces small enough to hash and scan without paging in a whole shard."""
-    step = SCAN_BYTES // data.itemsize
-    return (np.asarray(data[i : i + step]) for i in range(0, len(data), step))

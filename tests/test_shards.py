@@ -2,6 +2,7 @@
 
 import json
 import os
+import resource
 import shutil
 import subprocess
 import sys
@@ -139,8 +140,7 @@ def test_flipped_token_bit_is_found_by_verify(tmp_path):
 
 
 def test_damage_that_comes_later_is_refused_when_it_is_read(tmp_path):
-    """Neither an id that no embedding has nor a file that became shorter, which would kill the
-    process, gets through."""
+    """Neither an id that no embedding has nor a file that became shorter gets through."""
     write(tmp_path, random_documents(40), shard_tokens=300)
     data = TokenDataset.open(tmp_path, "train")
     whole = data.read(0, data.num_tokens)
@@ -154,13 +154,35 @@ def test_damage_that_comes_later_is_refused_when_it_is_read(tmp_path):
         data.read(first - 3, 10)
     assert (data.read(first + 6, 20) == whole[first + 6 : first + 26]).all()
     os.truncate(path, path.stat().st_size - 2)
+    assert (data.read(first + 6, 20) == whole[first + 6 : first + 26]).all()
+    end = int(data._starts[2])
     with pytest.raises(
         UserError, match=r"train-00001\.bin: \d+ bytes found, \d+ expected"
     ) as error:
-        data.read(first + 6, 20)
+        data.read(end - 20, 20)
     assert "\n" not in str(error.value)
     (tmp_path / "train-00000.bin").unlink()
-    assert (data.read(0, first) == whole[:first]).all()  # a mapped file outlives its name
+    assert (data.read(0, first) == whole[:first]).all()  # an open file outlives its name
+
+
+def test_more_shards_than_a_process_may_open(tmp_path, monkeypatch):
+    documents = random_documents(120)
+    write(tmp_path, documents, shard_tokens=40)
+    monkeypatch.setattr(shards, "MAX_OPEN", 8)
+    files = len(list(tmp_path.glob("train-*.bin")))
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    limit = len(os.listdir("/dev/fd")) + 20
+    assert files > limit
+    resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))
+    try:
+        data = TokenDataset.open(tmp_path, "train", verify=True)
+        found = data.read(0, data.num_tokens)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert np.array_equal(found, flat(documents, EOS))
+    (tmp_path / "train-00000.bin").unlink()  # closed again since then
+    with pytest.raises(UserError, match=r"train-00000\.bin: No such file"):
+        data.read(0, 1)
 
 
 def test_shards_of_two_vocabularies_are_refused(tmp_path):
