@@ -403,9 +403,27 @@ def parallelize(module: nn.Module, world: World) -> nn.Module:
     )
 
 
+def start_compile_workers() -> None:
+    """Start torch.compile's worker processes, if they do not run yet, deaf to SIGTERM and SIGINT.
+
+    Who stops a job tells its whole process group, and without its workers a compilation waits for
+    them for ever (seen with torch 2.13). They leave when this process ends. What comes meanwhile
+    reaches this process afterwards."""
+    from torch._inductor.async_compile import AsyncCompile
+
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGTERM, signal.SIGINT))
+    try:
+        AsyncCompile.warm_pool()
+        AsyncCompile.wakeup()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def compile_blocks(model: nn.Module, hooks: bool = False) -> None:
     """torch.compile every block by itself: one graph is reused by all blocks of a kind. hooks: such
     as FSDP2's are to come, which stay outside of the graph."""
+    if model.norm.weight.device.type == "cuda":
+        start_compile_workers()
     model.compiled = True
     for block in model.layers:
         if block.kind != "linear_attention":

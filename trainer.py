@@ -27,7 +27,15 @@ from async_save import Saver
 from cli import to_dict
 from config import STAGES, ModelConfig, Stopped, TrainConfig, UserError
 from data import PackedLoader
-from distributed import SAVE_FAILED, StopSignals, World, all_sum, barrier, main_says
+from distributed import (
+    SAVE_FAILED,
+    StopSignals,
+    World,
+    all_sum,
+    barrier,
+    main_says,
+    start_compile_workers,
+)
 from hybrid_layers import MIXERS
 from layers import ShortConvolution, sdpa_priority
 from losses import num_selected
@@ -134,10 +142,7 @@ def warm_up(config: ModelConfig, kernels: dict[str, str], cfg: TrainConfig, worl
                 jobs["short_conv", channels, taps, int(m.bias is not None)] = True
     warm.start(jobs)
     if compile_wanted(cfg, world):
-        from torch._inductor.async_compile import AsyncCompile
-
-        AsyncCompile.warm_pool()
-        AsyncCompile.wakeup()
+        start_compile_workers()
 
 
 def run_folder(cfg: TrainConfig, script: str) -> Path:

@@ -78,6 +78,36 @@ def test_one_more_signal_ends_the_process():
         process.communicate()
 
 
+@pytest.mark.slow
+def test_a_signal_to_the_process_group_leaves_the_compiler_its_workers():
+    """torch.compile waits for ever for workers that are gone."""
+    code = (
+        "import os, signal, time\n"
+        "from distributed import start_compile_workers\n"
+        "from torch._inductor import config\n"
+        "from torch._inductor.async_compile import AsyncCompile\n"
+        "config.compile_threads = 2\n"
+        "start_compile_workers()\n"
+        "heard = []\n"
+        "for number in (signal.SIGTERM, signal.SIGINT):\n"
+        "    signal.signal(number, lambda n, _: heard.append(n))\n"
+        "pool = AsyncCompile.process_pool()\n"
+        "job = pool.submit(os.getpid)\n"
+        "assert job.result(60) != os.getpid()\n"
+        "job = pool.submit(time.sleep, 1)\n"
+        "time.sleep(0.3)\n"
+        "os.killpg(0, signal.SIGTERM); os.killpg(0, signal.SIGINT)\n"
+        "job.result(20)\n"
+        "assert set(heard) == {signal.SIGTERM, signal.SIGINT}, heard\n"
+        "print('compiled', flush=True)\n"
+    )
+    command = [sys.executable, "-c", code]
+    out = subprocess.run(
+        command, cwd=ROOT, capture_output=True, text=True, timeout=120, start_new_session=True
+    )
+    assert (out.returncode, out.stdout) == (0, "compiled\n"), out.stderr
+
+
 def test_handlers_are_put_back_and_ignored_signals_stay_so():
     world = World(0, 1, torch.device("cpu"))
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)
