@@ -101,11 +101,12 @@ def call_script(script: str, *argv: str) -> None:
         )
 
 
-def run_python(*argv: str, ranks: int = 0, check: bool = True, **kwargs):
-    """A script as a user runs it: `python` or torchrun on `ranks` gloo ranks."""
+def run_python(*argv: str, ranks: int = 0, check: bool = True, gpus: str = "", **kwargs):
+    """A script as a user runs it: `python` or torchrun on `ranks` ranks, which see `gpus` ("0,1")
+    alone."""
     launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
     command = [sys.executable, *(launch if ranks else []), *argv]
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": gpus}
     result = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, **kwargs)
     assert not check or result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
     return result

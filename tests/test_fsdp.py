@@ -20,6 +20,9 @@ from optimizer import build_optimizer, clip_grad_norm, param_role
 
 # Over 10 steps in float32: AdamW; Muon with Newton-Schulz in float32, which sharpens rounding.
 TOLERANCE = {"adamw": 1e-5, "muon": 1e-3}
+optimizers = pytest.mark.parametrize(
+    "optimizer", [pytest.param("adamw", marks=pytest.mark.slow), "muon"]
+)
 
 
 def test_rows_are_cut_as_dtensor_cuts_them():
@@ -169,7 +172,7 @@ def assert_same_run(one, two, tolerance: float, steps: int) -> None:
         assert error < 10 * tolerance or p.norm() < 1e-6, (name, error)
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+@optimizers
 def test_pretraining_is_that_of_one_process(optimizer, tiny_data, tmp_path):
     more = ("--max_steps=10", f"--use_muon={optimizer == 'muon'}")
     call_script("train", *train_flags(tiny_data, tmp_path, "one", *more))
@@ -183,7 +186,7 @@ STEPS = ("--distill_train=all", "--align_tokens=640", "--distill_tokens=640", "-
          "--distill_mixer_lr=3e-3")  # fmt: skip
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+@optimizers
 def test_distillation_is_that_of_one_process(optimizer, tiny_teacher, tiny_data, tmp_path):
     muon = optimizer == "muon"
     more = (*STEPS, f"--use_muon={muon}", f"--align_use_muon={muon}", "--align_batch_tokens=128",

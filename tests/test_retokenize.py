@@ -353,6 +353,7 @@ def unicode_data(learned, tmp_path_factory):
     return folders
 
 
+@pytest.mark.slow
 def test_a_run_resumes_and_splits_over_ranks(reference, unicode_data, tmp_path, capsys, refused):
     """A byte-level student by a reference with a tokenizer.json."""
     more = ["--select_tokens=0.5", f"--reference={reference}", "--doc_mask=True"]

@@ -280,7 +280,9 @@ def largest_difference(a: Path, b: Path) -> float:
     return max(((a[n] - b[n]).norm() / a[n].norm().clamp(min=1e-12)).item() for n in a)
 
 
-@pytest.mark.parametrize("muon", [False, True], ids=["adamw", "muon"])
+@pytest.mark.parametrize(
+    "muon", [pytest.param(False, marks=pytest.mark.slow), True], ids=["adamw", "muon"]
+)
 def test_two_ranks_equal_one_pretraining(muon, tiny_data, tmp_path):
     more = ["--use_muon=True", "--muon_lr=0.01"] if muon else []
     call_script("train", *train_flags(tiny_data, tmp_path, "one", *more))
@@ -313,7 +315,7 @@ def test_two_ranks_equal_one_distilling(tiny_teacher, tiny_data, tmp_path):
         assert rows[0] == pytest.approx(rows[1], rel=1e-5, abs=1e-7)
 
 
-@pytest.mark.parametrize("script", ["train", "train_kd"])
+@pytest.mark.parametrize("script", [pytest.param("train", marks=pytest.mark.slow), "train_kd"])
 def test_selected_tokens_are_the_same_on_two_ranks(script, tiny_teacher, tiny_data, tmp_path):
     def flags(run, *more):
         if script == "train":

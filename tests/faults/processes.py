@@ -16,15 +16,15 @@ from conftest import ROOT, own_session
 
 @contextlib.contextmanager
 def running(
-    script: str, *flags: str, ranks: int = 0, file_bytes: int = 0, restarts: int = 0
+    script: str, *flags: str, ranks: int = 0, file_bytes: int = 0, restarts: int = 0, gpus: str = ""
 ):  # fmt: skip
-    """The run as a process group of its own, which can write files of `file_bytes` (0: any), and
-    which torchrun begins again `restarts` times."""
+    """The run as a process group of its own, which sees `gpus` alone, can write files of
+    `file_bytes` (0: any), and which torchrun begins again `restarts` times."""
     launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
     launch += [f"--max_restarts={restarts}"]
     command = [sys.executable, *(launch if ranks else []), f"{script}.py", *flags]
     threads = "1" if ranks else str(torch.get_num_threads())
-    env = {**os.environ, "OMP_NUM_THREADS": threads, "CUDA_VISIBLE_DEVICES": ""}
+    env = {**os.environ, "OMP_NUM_THREADS": threads, "CUDA_VISIBLE_DEVICES": gpus}
 
     with own_session(command, file_bytes, env=env) as process:
         yield process

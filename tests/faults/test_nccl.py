@@ -1,0 +1,88 @@
+"""Two GPUs: DDP and FSDP2 over NCCL against one GPU, checkpoints across, a rank that is killed."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from conftest import metric_rows, run_python
+from processes import running
+from test_fsdp import STEPS, TOLERANCE, assert_same_run
+from test_ranks import KILL, faulty
+from test_runs import kd_flags, train_flags
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs"),
+]
+ONE, BOTH = {"gpus": "0"}, {"gpus": "0,1", "ranks": 2}
+ON_GPU = ("--device=cuda", "--matmul_precision=highest")
+# Of bfloat16, which rounds gradients to 1/256 before ranks add them up: see
+# test_fsdp.py::test_compiled_and_in_bfloat16, which has as much on the CPU.
+BFLOAT16 = 3e-3
+
+dtypes = pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+optimizers = pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+
+
+def assert_same_losses(one, two, tolerance: float, steps: int) -> None:
+    expected, found = metric_rows(one), metric_rows(two)
+    assert list(expected) == list(found) == list(range(1, steps + 1))
+    for step, loss in expected.items():  # abs: as in `assert_same_run`
+        assert found[step] == pytest.approx(loss, rel=tolerance, abs=tolerance), step
+
+
+def compare(script: str, flags, dtype: str, optimizer: str, folder, steps: int) -> None:
+    """A run on one GPU, by DDP and by FSDP2, the last two on two; `flags` of a run's name."""
+    more = (*ON_GPU, f"--dtype={dtype}", f"--torch_compile={dtype == 'bfloat16'}")
+    run_python(script, *flags("one"), *more, **ONE)
+    for parallel in ("ddp", "fsdp"):
+        out = run_python(script, *flags(parallel), *more, f"--parallel={parallel}", **BOTH).stdout
+        assert "compute: 2 x " in out and "cpu" not in out.partition("compute: ")[2][:40]
+        if dtype == "float32":
+            assert_same_run(folder / "one", folder / parallel, TOLERANCE[optimizer], steps)
+        else:
+            assert_same_losses(folder / "one", folder / parallel, BFLOAT16, steps)
+
+
+@dtypes
+@optimizers
+def test_pretraining_is_that_of_one_gpu(dtype, optimizer, tiny_data, tmp_path):
+    more = ("--max_steps=20", f"--use_muon={optimizer == 'muon'}")
+    flags = lambda run: train_flags(tiny_data, tmp_path, run, *more)  # noqa: E731
+    compare("train.py", flags, dtype, optimizer, tmp_path, 20)
+
+
+@dtypes
+@optimizers
+def test_distillation_is_that_of_one_gpu(dtype, optimizer, tiny_teacher, tiny_data, tmp_path):
+    muon = optimizer == "muon"
+    more = (*STEPS, f"--use_muon={muon}", f"--align_use_muon={muon}", "--align_tokens=1280",
+            "--distill_tokens=1280")  # fmt: skip
+    flags = lambda run: kd_flags(tiny_teacher, tiny_data, tmp_path, run, *more)  # noqa: E731
+    compare("train_kd.py", flags, dtype, optimizer, tmp_path, 40)
+
+
+def test_saved_by_two_resumed_by_one_and_back(tiny_data, tmp_path):
+    more = (*ON_GPU, "--max_steps=20", "--save_every=10", "--parallel=fsdp", "--use_muon=True")
+    flags = lambda run: train_flags(tiny_data, tmp_path, run, *more)  # noqa: E731
+    for name, first, second in (("back", ONE, BOTH), ("forth", BOTH, ONE)):
+        run_python("train.py", *flags(name), **first)
+        at = f"--resume={tmp_path / name / 'checkpoints' / 'step-10'}"
+        run_python("train.py", *flags(f"{name}-again"), at, **second)
+        whole, rest = metric_rows(tmp_path / name), metric_rows(tmp_path / f"{name}-again")
+        assert list(rest) == list(range(11, 21))
+        for step, loss in rest.items():
+            assert loss == pytest.approx(whole[step], rel=TOLERANCE["muon"]), (name, step)
+
+
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_torchrun_begins_again_after_a_rank_was_killed(parallel, tiny_data, tmp_path):
+    more = (*ON_GPU, "--save_every=2", "--resume=auto", f"--parallel={parallel}")
+    flags = lambda run: train_flags(tiny_data, tmp_path, run, *more)  # noqa: E731
+    run_python("train.py", *flags("whole"), **BOTH)
+    script = faulty(tmp_path, 1, KILL, str(tmp_path / "mark"))
+    with running(script, *flags("killed"), restarts=1, **BOTH) as process:
+        out, err = process.communicate(timeout=180)
+    assert process.returncode == 0, err
+    assert out.count("resuming at step 2") == 1 and err.count("failed (exitcode") == 1
+    assert_same_losses(tmp_path / "whole", tmp_path / "killed", TOLERANCE["adamw"], 6)
