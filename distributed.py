@@ -422,7 +422,7 @@ def start_compile_workers() -> None:
 def compile_blocks(model: nn.Module, hooks: bool = False) -> None:
     """torch.compile every block by itself: one graph is reused by all blocks of a kind. hooks: such
     as FSDP2's are to come, which stay outside of the graph."""
-    if model.norm.weight.device.type == "cuda":
+    if torch.cuda.is_available():
         start_compile_workers()
     model.compiled = True
     for block in model.layers:

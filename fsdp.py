@@ -14,16 +14,18 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from config import DistillConfig, ModelConfig, TrainConfig, UserError
 from distributed import World, sum_gradients
+from hf import stored_rows
 from layer_lists import auto_share
-from lora import LoRALinear
+from lora import LoRALinear, lora_parameters
 from model import Transformer, is_fsdp
-from muon_shards import is_sharded
+from muon_shards import cut_of, is_sharded
 from optimizer import param_role
 
 # Of the memory of a GPU, what DDP's weights, gradients and optimizer state may take under `auto`.
@@ -83,11 +85,12 @@ def kept_whole(model: nn.Module) -> set[nn.Parameter]:
 
 
 def shard(
-    model: nn.Module, world: World, *, dtype: torch.dtype, shard_ranks: int = 0, amp
-) -> nn.Module:
+    model: nn.Module, world: World, *, dtype: torch.dtype, shard_ranks: int = 0, amp,
+    folder: str | Path = "",
+) -> nn.Module:  # fmt: skip
     """Cut the model's matrices over the ranks, in place: of all ranks, or of groups of shard_ranks,
     which then hold copies of one another. dtype: what they are computed in. Every rank must
-    have the same values. Compile blocks before."""
+    have the same values, or, on the meta device, gets them from `folder`. Compile blocks before."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
@@ -105,11 +108,38 @@ def shard(
     for block in model.layers:
         fully_shard(block, **how)
     fully_shard(model, **how)
+    if next(model.parameters()).is_meta:
+        read_pieces(model, folder, world)
     # Which module is the outermost one is settled by the first forward; align calls blocks alone.
     with torch.no_grad(), amp(), torch.compiler.set_stance("force_eager"):
         model(torch.zeros(1, 1, dtype=torch.int64, device=world.device))
     reshard(model)
     return model
+
+
+@torch.no_grad()
+def read_pieces(model: nn.Module, folder: str | Path, world: World) -> None:
+    """Give a cut model, which is on the meta device, the weights of a folder; every rank reads its
+    own rows alone. Adapters have their values and come to the rank's device."""
+    from torch.distributed.tensor import DTensor
+
+    state = {}
+    with stored_rows(folder, model.config) as stored:
+        for name, p in model.state_dict().items():
+            if not p.is_meta:
+                continue
+            (rows, *_), read = stored[name]
+            if not is_sharded(p):
+                state[name] = read(0, rows).to(world.device, p.dtype)
+                continue
+            cut = cut_of(p)
+            first = sum(cut.rows(rows)[: cut.rank])
+            piece = read(first, first + cut.rows(rows)[cut.rank]).to(world.device, p.dtype)
+            how = {"run_check": False, "shape": p.shape, "stride": p.stride()}
+            state[name] = DTensor.from_local(piece, p.device_mesh, p.placements, **how)
+    model.load_state_dict(state, strict=False, assign=True)
+    for p in lora_parameters(model).values():
+        p.data = p.data.to(world.device)
 
 
 def reshard(model: nn.Module) -> None:

@@ -15,7 +15,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import torch
@@ -189,29 +190,60 @@ def read_weights(
 ) -> dict[str, Tensor]:
     """The wanted tensors of `model.safetensors` or of the files its index names, by file key;
     `wanted` is asked for names as of our parameters."""
-    folder = Path(folder)
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        names = _read_json(index).get("weight_map")
-        if not names:
-            raise UserError(f"{index}: no weight_map found")
-        files = sorted({file for key, file in names.items() if wanted(our_name(key))})
-    else:
-        files = ["model.safetensors"]
     tensors = {}
-    for name in files:
-        path = folder / name
-        if not path.is_file():
-            raise UserError(f"{folder}: no {name}; safetensors weights expected (pickles never)")
-        try:
-            with safe_open(path, "pt") as f:
-                keys = [key for key in f.keys() if wanted(our_name(key))]  # noqa: SIM118
-                tensors.update({key: f.get_tensor(key) for key in keys})
-        except Exception as e:  # safetensors raises its own class, not an OSError
-            if type(e).__name__ != "SafetensorError":
-                raise
-            raise UserError(f"{path}: not a whole safetensors file ({e})") from None
+    for path in _weight_files(Path(folder), wanted):
+        with _opened(path) as f:
+            keys = [key for key in f.keys() if wanted(our_name(key))]  # noqa: SIM118
+            tensors.update({key: f.get_tensor(key) for key in keys})
     return tensors
+
+
+def _weight_files(folder: Path, wanted: Callable[[str], bool] = lambda name: True) -> list[Path]:
+    index = folder / "model.safetensors.index.json"
+    if not index.is_file():
+        return [folder / "model.safetensors"]
+    names = _read_json(index).get("weight_map")
+    if not names:
+        raise UserError(f"{index}: no weight_map found")
+    return [folder / f for f in sorted({f for key, f in names.items() if wanted(our_name(key))})]
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[safe_open]:
+    """A safetensors file; UserError where there is none, also for what is found while reading."""
+    if not path.is_file():
+        raise UserError(f"{path.parent}: no {path.name}; safetensors weights expected "
+                        "(pickles never)")  # fmt: skip
+    try:
+        with safe_open(path, "pt") as f:
+            yield f
+    except Exception as e:  # safetensors raises its own class, not an OSError
+        if type(e).__name__ != "SafetensorError":
+            raise
+        raise UserError(f"{path}: not a whole safetensors file ({e})") from None
+
+
+@contextmanager
+def stored_rows(
+    folder: str | Path, config: ModelConfig
+) -> Iterator[dict[str, tuple[tuple[int, ...], Callable[[int, int], Tensor]]]]:
+    """Our name of every tensor in a folder -> (its shape, what reads its rows start to stop), while
+    its files are open. The hybrids of other libraries are read whole, as their tensors are not ours
+    one to one."""
+    kind = model_type(folder)
+    if kind in HYBRIDS:
+        found = {our_name(key): t for key, t in read_weights(folder).items()}
+        found = hf_hybrids.from_weights(found, config, kind, folder)
+        yield {name: (tuple(t.shape), lambda a, b, t=t: t[a:b]) for name, t in found.items()}
+        return
+    with ExitStack() as stack:
+        rows = {}
+        for path in _weight_files(Path(folder)):
+            f = stack.enter_context(_opened(path))
+            for key in f.keys():  # noqa: SIM118
+                piece = f.get_slice(key)
+                rows[our_name(key)] = tuple(piece.get_shape()), lambda a, b, p=piece: p[a:b]
+        yield rows
 
 
 def our_name(key: str) -> str:
@@ -228,33 +260,52 @@ def load_model(
 ) -> Transformer:
     """The model of a folder with its weights, in `dtype` (None: as stored). UserError when the
     weights do not fit the config, naming the first key."""
-    config = read_config(folder)
-    kind = _read_json(Path(folder) / "config.json")["model_type"]
-    with torch.device("meta"):
-        model = Transformer(config)
-    wanted = dict(model.state_dict())
+    model = _empty_model(folder)
     found = {our_name(key): t for key, t in read_weights(folder).items()}
+    kind = model_type(folder)
     if kind in HYBRIDS:
-        found = hf_hybrids.from_weights(found, config, kind, folder)
-    tensors = {}
-    for name, tensor in found.items():
+        found = hf_hybrids.from_weights(found, model.config, kind, folder)
+    names = _fitting(folder, model, {name: t.shape for name, t in found.items()})
+    tensors = {n: found[n].to(device=device, dtype=dtype or found[n].dtype) for n in names}
+    model.load_state_dict(tensors, assign=True)
+    return model
+
+
+def load_shape(folder: str | Path, dtype: torch.dtype) -> Transformer:
+    """The model of a folder in `dtype` without its weights, on the meta device; they are there and
+    fit, or `load_model`'s UserError is raised."""
+    model = _empty_model(folder)
+    with stored_rows(folder, model.config) as stored:
+        _fitting(folder, model, {name: shape for name, (shape, _) in stored.items()})
+    return model.to(dtype)
+
+
+def _empty_model(folder: str | Path) -> Transformer:
+    with torch.device("meta"):
+        return Transformer(read_config(folder))
+
+
+def _fitting(folder: str | Path, model: Transformer, found: dict[str, Sequence[int]]) -> list[str]:
+    """The names of the model's tensors, for which those found in the folder, name -> shape, are all
+    there and fit; UserError naming the first that does not."""
+    wanted, names = model.state_dict(), []
+    for name, shape in found.items():
         if name.endswith("rotary_emb.inv_freq"):
             continue
-        if name == "lm_head.weight" and config.tie_word_embeddings:
+        if name == "lm_head.weight" and model.config.tie_word_embeddings:
             continue
         if name not in wanted:
             raise UserError(f"{folder}: weight {name} found, the config has no place for it")
-        if tensor.shape != wanted[name].shape:
+        if tuple(shape) != tuple(wanted[name].shape):
             raise UserError(
-                f"{folder}: weight {name} has shape {tuple(tensor.shape)}, "
+                f"{folder}: weight {name} has shape {tuple(shape)}, "
                 f"{tuple(wanted[name].shape)} expected"
             )
-        tensors[name] = tensor.to(device=device, dtype=dtype or tensor.dtype)
-    missing = sorted(set(wanted) - set(tensors))
+        names.append(name)
+    missing = sorted(set(wanted) - set(names))
     if missing:
         raise UserError(f"{folder}: weight {missing[0]} is missing ({len(missing)} in all)")
-    model.load_state_dict(tensors, assign=True)
-    return model
+    return names
 
 
 # ---- which format holds which model

@@ -31,7 +31,8 @@ class LoRALinear(nn.Linear):
         super().__init__(into, out, bias=False, device="meta")
         self.weight, self.bias = linear.weight, linear.bias
         self.scale, self.dropout = alpha / rank, dropout
-        device = linear.weight.device
+        # On the meta device weights have no values yet (fsdp.read_pieces); adapters have some.
+        device = "cpu" if linear.weight.is_meta else linear.weight.device
         bound = 1 / math.sqrt(into)
         # From a generator of its own: all ranks, and a run that goes on, have the same.
         a = torch.empty(rank, into).uniform_(

@@ -15,7 +15,7 @@ from config import DistillConfig, ModelConfig, StageConfig, UserError
 from data import PackedLoader
 from distributed import World
 from evaluate import inputs
-from hf import DTYPES, fingerprint, load_model, read_config, tokenizer_spec
+from hf import DTYPES, fingerprint, load_model, load_shape, read_config, tokenizer_spec
 from hybrid_layers import (
     cast_trunk,
     convert_config,
@@ -188,7 +188,13 @@ def build_models(
 ) -> tuple[Transformer, Transformer, Transformer, bool]:  # fmt: skip
     """(teacher, source, student, shared): the frozen teacher in the compute type, the model whose
     layers were converted (the teacher, or --student as it was), and the student, whose trunk is
-    the teacher's own where it stays frozen (`shares_trunk`), else a copy in --trunk_dtype."""
+    the teacher's own where it stays frozen (`shares_trunk`), else a copy in --trunk_dtype. Under
+    FSDP2, with a --student that needs no conversion, both are shapes alone, on the meta device:
+    no rank has room for more than its pieces (`fsdp.shard`)."""
+    if fsdp and cfg.student and not convert:
+        teacher = load_shape(cfg.teacher, dtype).eval().requires_grad_(False)
+        student = load_shape(cfg.student, torch.float32).train()
+        return teacher, student, student, False
     teacher = load_model(cfg.teacher, dtype=dtype, device=world.device)
     teacher.eval().requires_grad_(False)
     shared = shares_trunk(cfg, fsdp)

@@ -183,8 +183,10 @@ def distil(cfg: DistillConfig, argv: list[str]) -> None:
         compile_blocks(teacher, hooks=fsdp)
         compile_blocks(student, hooks=fsdp)
     if fsdp:
-        for model in (teacher, student):
-            shard(model, world, dtype=dtype, shard_ranks=cfg.shard_ranks, amp=run.amp)
+        for model, folder in ((teacher, cfg.teacher), (student, cfg.student)):
+            shard(
+                model, world, dtype=dtype, shard_ranks=cfg.shard_ranks, amp=run.amp, folder=folder
+            )
 
     table = Table(run)
     seq_len = cfg.eval_seq_len or plans[-1].stage.seq_len

@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from conftest import call_script, metric_rows, run_python
 from kit import assert_close_rms, random_ids, tiny_model
+from processes import driver
 from test_runs import kd_flags, train_flags, weights
 from torch import nn
 
+from config import DistillConfig
 from distributed import World, stop
 from fsdp import average_whole_gradients, gathered, kept_whole, shard
+from hf import load_model, load_shape, save_model
 from hybrid_layers import MIXERS
+from lora import add_lora, lora_parameters
 from muon import Muon
 from muon_shards import Cut, is_sharded, local
 from optimizer import build_optimizer, clip_grad_norm, param_role
@@ -156,6 +162,51 @@ def test_every_mixer_in_pieces(tmp_path):
     mp.spawn(mixers_in_pieces, (2, str(tmp_path / "rendezvous")), nprocs=2)
 
 
+def pieces_of_folders(rank: int, ranks: int, rendezvous: str, folders: list[str]) -> None:
+    """What ranks read of a folder are the pieces of what `load_model` reads, adapters beside it."""
+    torch.set_num_threads(1)
+    how = {"init_method": f"file://{rendezvous}", "rank": rank, "world_size": ranks}
+    dist.init_process_group("gloo", **how)
+    world = World(rank, ranks, torch.device("cpu"))
+    adapters = DistillConfig(lora_rank=2, lora_targets="q,o")
+    for folder in folders:
+        for dtype in (torch.float32, torch.bfloat16):
+            narrow = dtype == torch.bfloat16
+            amp = partial(torch.autocast, "cpu", torch.bfloat16, enabled=narrow)
+            model, expected = load_shape(folder, dtype), load_model(folder, dtype=dtype)
+            assert all(p.is_meta for p in model.parameters())
+            add_lora(model, adapters)
+            drawn = {name: p.clone() for name, p in lora_parameters(model).items()}
+            model.eval().requires_grad_(False)
+            shard(model, world, dtype=dtype, amp=amp, folder=folder)
+            for name, p in model.named_parameters():
+                assert not p.is_meta and p.dtype == (torch.float32 if name in drawn else dtype)
+                assert not p.requires_grad
+            assert any(is_sharded(p) and local(p).shape != p.shape for p in model.parameters())
+            assert all(p.equal(drawn[n]) for n, p in lora_parameters(model).items())
+            assert any(p.any() for p in drawn.values())
+            ids = random_ids(expected, 1, 9)
+            with torch.no_grad(), amp():
+                assert_close_rms(model(ids), expected(ids), 3e-2 if narrow else 1e-6)
+            whole = gathered(model, world)
+            for name, p in expected.named_parameters() if rank == 0 else ():
+                assert dict(whole.named_parameters())[name].equal(p), name
+    dist.barrier()
+    stop()
+
+
+def test_every_rank_reads_its_own_pieces(tmp_path):
+    """Of our format and another library's hybrid; 3 ranks: rows that do not divide."""
+    folders = [str(tmp_path / name) for name in ("ours", "tied", "theirs")]
+    for folder, kinds in zip(folders, ("LSF", "F", "LF"), strict=True):
+        tied = folder.endswith("tied")
+        model = tiny_model(kinds, dtype=torch.float32, tie_word_embeddings=tied)
+        form = {"format": "qwen3_5_text"} if folder.endswith("theirs") else {}
+        save_model(model, folder, tokenizer_from="byte", **form)
+    spawned = (3, str(tmp_path / "rendezvous"), folders)
+    mp.spawn(pieces_of_folders, spawned, nprocs=3)
+
+
 def assert_same_run(one, two, tolerance: float, steps: int) -> None:
     losses = metric_rows(one), metric_rows(two)
     assert losses[0].keys() == losses[1].keys() and len(losses[0]) == steps
@@ -252,3 +303,26 @@ def test_what_needs_whole_models_is_refused(tiny_teacher, tiny_data, tmp_path, r
     assert "--shard_ranks" in refused("train_kd", *flags, "--shard_ranks=3")
     assert "--shard_ranks" in refused("train", *train_flags(tiny_data, tmp_path, "x"),
                                       "--shard_ranks=1")  # fmt: skip
+
+
+WHOLE = """
+import student
+def load_model(*_, **__):
+    raise AssertionError("a whole model was read")
+student.load_model = load_model
+"""
+
+
+def test_a_student_is_distilled_that_no_rank_holds_whole(tiny_teacher, tiny_data, tmp_path):
+    """Neither it nor the teacher is read whole, and the run is that of one process."""
+    more = ("--align_tokens=128", "--sample_tokens=0")
+    call_script(
+        "train_kd", *kd_flags(tiny_teacher, tiny_data, tmp_path, "a", *more, "--stages=align")
+    )
+    more = ("--stages=distill", f"--student={tmp_path / 'a' / 'model'}", "--distill_train=lora",
+            "--distill_tokens=640", "--lora_rank=4", "--layers=3:1")  # fmt: skip
+    flags = {n: kd_flags(tiny_teacher, tiny_data, tmp_path, n, *more) for n in ("one", "fsdp")}
+    call_script("train_kd", *flags["one"])
+    script = driver(tmp_path, WHOLE, "train_kd")
+    run_python(script, *flags["fsdp"], "--parallel=fsdp", ranks=2)
+    assert_same_run(tmp_path / "one", tmp_path / "fsdp", TOLERANCE["adamw"], 10)

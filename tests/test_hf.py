@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 import hf
 from config import UserError
-from hf import load_model, read_config, save_model, stock_type, tokenizer_spec
+from hf import load_model, load_shape, read_config, save_model, stock_type, tokenizer_spec
 
 transformers = pytest.importorskip("transformers")
 
@@ -325,23 +325,30 @@ def test_config_file_that_is_refused(text, named, folder):
         load_model(folder)
 
 
-def test_missing_files_are_named(folder, tmp_path):
+# With its weights, and as FSDP2's ranks begin: shapes alone, but of weights that are there.
+READERS = {"whole": load_model, "shape": lambda folder: load_shape(folder, torch.bfloat16)}
+every_reader = pytest.mark.parametrize("read", READERS.values(), ids=READERS)
+
+
+@every_reader
+def test_missing_files_are_named(read, folder, tmp_path):
     with pytest.raises(UserError, match=r"nowhere.*config\.json"):
-        load_model(tmp_path / "nowhere")
+        read(tmp_path / "nowhere")
     (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
     with pytest.raises(UserError, match=r"no model\.safetensors"):
-        load_model(folder)
+        read(folder)
     (folder / "model.safetensors.index.json").write_text("{}")
     with pytest.raises(UserError, match="weight_map"):
-        load_model(folder)
+        read(folder)
 
 
+@every_reader
 @pytest.mark.parametrize("keep", [0, 5, 200, -1], ids=["empty", "header", "tensors", "last byte"])
-def test_truncated_weights(keep, folder):
+def test_truncated_weights(read, keep, folder):
     path = folder / "model.safetensors"
     path.write_bytes(path.read_bytes()[:keep])
     with pytest.raises(UserError, match=r"model\.safetensors: not a whole"):
-        load_model(folder)
+        read(folder)
 
 
 Q = "model.layers.1.self_attn.q_proj"
@@ -357,13 +364,14 @@ WEIGHT_FAULTS = {
 }  # fmt: skip
 
 
+@every_reader
 @pytest.mark.parametrize(("change", "named"), WEIGHT_FAULTS.values(), ids=WEIGHT_FAULTS)
-def test_weights_that_do_not_fit(change, named, folder):
+def test_weights_that_do_not_fit(read, change, named, folder):
     weights = load_file(folder / "model.safetensors")
     change(weights)
     save_file(weights, folder / "model.safetensors")
     with pytest.raises(UserError, match=named):
-        load_model(folder)
+        read(folder)
 
 
 def test_what_old_files_carry_besides_is_ignored(folder):

@@ -48,11 +48,11 @@ def newest(run: Path) -> tuple[int, dict]:
     return len(folders), json.loads((folders[-1] / "state.json").read_text())
 
 
-def driver(folder: Path, patch: str) -> str:
-    """A script that runs train.py on its flags, with code that a rank runs first."""
+def driver(folder: Path, patch: str, script: str = "train") -> str:
+    """A script that runs train.py (or another) on its flags, with code that a rank runs first."""
     path = folder / "driver.py"
     path.write_text(
         f"import os, sys\nsys.path[:0] = [{str(ROOT)!r}, {str(ROOT / 'tests')!r}]\n{patch}\n"
-        "from conftest import call_script\ncall_script('train', *sys.argv[1:])\n"
+        f"from conftest import call_script\ncall_script({script!r}, *sys.argv[1:])\n"
     )
     return str(path)
