@@ -11,7 +11,8 @@ arXiv 2410.10254, section 3.3.2).
     stitch   the blocks as one student; later stages are an ordinary run with it as --student
 
 Everything is in runs/RUN/cria, every step goes on where it was stopped, and any number of processes
-may train at once, a block each (docs/large_teachers.md). Check: `pytest tests/test_cria.py`.
+may train at once, a block each, torchrun's ranks too (docs/large_teachers.md).
+Check: `pytest tests/test_cria.py`.
 
 Shapes: R rows, T tokens per row, d hidden size.
 """
@@ -20,10 +21,11 @@ from __future__ import annotations
 
 import dataclasses
 import fcntl
+import os
 import shutil
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 
 import torch
@@ -32,9 +34,9 @@ from torch import Tensor
 
 from config import DistillConfig, UserError
 from cria_files import Background, RowWriter, is_finished, read_tensor_file, write_tensor_file
-from cria_job import Cria, Job, load_block, name_of, prepare, say
+from cria_job import Cria, Job, later_stages, load_block, name_of, prepare, say
 from data import PackedLoader
-from distributed import compile_blocks
+from distributed import all_have_done, compile_blocks
 from evaluate import inputs
 from hf import our_name, read_weights, stock_type, write_folder
 from hybrid_layers import (
@@ -61,17 +63,28 @@ from trainer import (
 
 
 def run(cfg: DistillConfig, argv: list[str]) -> DistillConfig | None:
-    """Do the steps asked for. Returns the settings of the ordinary run that is left to do with
-    the stitched student, None where there is none."""
+    """Do the steps asked for; of torchrun's ranks all train, rank 0 does the rest. Returns the
+    settings of the ordinary run that is left to do with the stitched student, None where there is
+    none."""
     job = prepare(cfg, argv)
     cfg, steps = job.cfg, {"shard": shard, "collect": collect, "train": train, "stitch": stitch}
-    say(
-        f"cria: layers {job.student.layer_map()} in {len(job.blocks)} blocks of {cfg.cria}, "
-        f"{len(job.trained)} to distil; in {job.folder}"
-    )
+    if job.ranks.is_main:
+        say(
+            f"cria: layers {job.student.layer_map()} in {len(job.blocks)} blocks of {cfg.cria}, "
+            f"{len(job.trained)} to distil; in {job.folder}"
+        )
+        for plan in job.plans if cfg.dry_run else ():
+            say(f"{plan.line(job.world)}, in every block")
+    if cfg.dry_run:
+        return None
     for name in steps if cfg.cria_step == "all" else [cfg.cria_step]:
-        steps[name](job)
-    later = [n for n in cfg.stage_names() if n not in ("align", "block")]
+        if job.ranks.is_main:
+            steps[name](job)
+        elif name == "train":
+            with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere):
+                train(job)  # each block's folder has its log
+        all_have_done(name, job.ranks)
+    later = later_stages(cfg)
     if cfg.cria_step != "all" or not later:
         return None
     return dataclasses.replace(

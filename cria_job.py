@@ -15,7 +15,7 @@ from torch import nn
 
 from config import DistillConfig, ModelConfig, UserError
 from cria_files import SavedRows, read_tensor_file, sealed, unsealed
-from distributed import World, this_process
+from distributed import World, main_first, start, this_process
 from hf import HYBRIDS, model_type, read_config
 from hybrid_layers import resolve_kernels, use_kernels
 from layer_lists import auto_share
@@ -64,7 +64,8 @@ class Job:
     identity: dict
     plans: list[StagePlan]
     data: Mixture
-    world: World
+    ranks: World  # processes that torchrun started together
+    world: World  # this one, by itself
     dtype: torch.dtype
 
     @property
@@ -155,17 +156,17 @@ def prepare(cfg: DistillConfig, argv: list[str]) -> Job:
     """Check the flags, open the data; the run's folder, if there is one, must be of this run."""
     refuse(cfg)
     if not cfg.run:
+        if this_process(cfg.device).size > 1:
+            raise UserError("--run: none found; --cria under torchrun needs --run_name NAME")
         cfg = dataclasses.replace(cfg, run=run_folder(cfg, "train_kd").name)
     cfg = dataclasses.replace(cfg, resume="auto")
     layers, spec, student, _ = preflight(cfg)
-    world = this_process(cfg.device)
-    if world.size > 1:
-        raise UserError(
-            f"--nproc_per_node: {world.size} found; with --cria start train_kd.py once for each GPU"
-        )
+    ranks = this_process(cfg.device)
+    world = World(0, 1, ranks.device)  # who trains a block
     tokenizer = load_tokenizer(spec)
+    start(ranks)
     dtype = set_up_torch(cfg, world)
-    _, data, _ = open_data(cfg, tokenizer, build=True)
+    _, data, _ = main_first(ranks, lambda: open_data(cfg, tokenizer, build=True))
     names = [name for name in cfg.stage_names() if name in ("align", "block")]
     shape = block_config(student, cut(student.num_hidden_layers, cfg.cria)[0])
     plans = [plan_stage(cfg, n, getattr(cfg, n), world, i, shape) for i, n in enumerate(names)]
@@ -176,20 +177,31 @@ def prepare(cfg: DistillConfig, argv: list[str]) -> Job:
     identity |= {"cria": cfg.cria, "steps": {plan.name: plan.steps for plan in plans}}
     teacher = read_config(cfg.teacher)
     job = Job(cfg, argv, run_folder(cfg, "") / "cria", teacher, student, layers, spec, identity,
-              plans, data, world, dtype)  # fmt: skip
+              plans, data, ranks, world, dtype)  # fmt: skip
     if cfg.cria_block >= len(job.blocks):
         raise UserError(
             f"--cria_block: {cfg.cria_block} found, 0 to {len(job.blocks) - 1} expected"
         )
+    if not cfg.dry_run:
+        main_first(ranks, lambda: begin_folder(job))
+    return job
+
+
+def begin_folder(job: Job) -> None:
+    """Make the run's folder; what is there already must be of this run."""
     path = job.folder / "cria.json"
     if path.exists():
-        same_identity("--run", path, unsealed(path), identity)
-    elif cfg.cria_step in ("collect", "train", "stitch"):
+        same_identity("--run", path, unsealed(path), job.identity)
+    elif job.cfg.cria_step in ("collect", "train", "stitch"):
         raise UserError(f"--run: no {path}; --cria_step shard makes it")
     else:
         job.folder.mkdir(parents=True, exist_ok=True)
-        write_file(path, sealed(identity))
-    return job
+        write_file(path, sealed(job.identity))
+
+
+def later_stages(cfg: DistillConfig) -> list[str]:
+    """What the stitched student goes through, in an ordinary run."""
+    return [n for n in cfg.stage_names() if n not in ("align", "block")]
 
 
 def load_block(job: Job, b: int) -> Cria:

@@ -14,7 +14,7 @@ from pathlib import Path
 from budget import Budget, StageBudget
 from config import DistillConfig
 from cria_files import PART_BYTES, is_finished
-from cria_job import block_config, cut, refuse, result_of, with_any
+from cria_job import block_config, cut, later_stages, refuse, result_of, with_any
 from flops import StageFlops, forward_flops, stage_flops
 from footprint import RUNTIME, held, meta_model, stage_memory
 from hf import read_config
@@ -81,7 +81,7 @@ def cria_budget(cfg: DistillConfig, full: bool = True) -> Budget:
         f"collect, align, block: {len(trained)} blocks of {cfg.cria} layers, steps and FLOPs of a "
         f"token those of one; hours those of all, collect on one GPU, the others on {m.world.size}"
     )
-    later = [n for n in cfg.stage_names() if n not in names]
+    later = later_stages(cfg)
     if later:
         rest = dataclasses.replace(cfg, cria=0, stages=",".join(later), student=str(folder))
         after = distillation(rest, layers, student, False, full)

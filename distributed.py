@@ -117,10 +117,10 @@ def _number(name: str, default: str, low: int, high: int) -> int:
 
 
 def start(world: World) -> None:
-    """Join the other ranks if there are any (gloo on CPU, nccl on CUDA)."""
+    """Join the other ranks if there are any (gloo on CPU, nccl on CUDA); once is enough."""
     if world.device.type == "cuda":
         torch.cuda.set_device(world.device)
-    if world.size == 1:
+    if world.size == 1 or dist.is_initialized():
         return
     cuda = world.device.type == "cuda"
     store = _attempt_store(world) if dist.is_torchelastic_launched() else _join(world)
@@ -292,6 +292,20 @@ def barrier(world: World) -> None:
     """Wait for all ranks."""
     if world.size > 1:
         dist.barrier()
+
+
+def all_have_done(what: str, world: World) -> None:
+    """A barrier that may take days, for what ranks do by themselves; each `what` once. Stopped
+    where a rank has failed."""
+    if world.size == 1:
+        return
+    store = shared_store()
+    store.set(f"{what} {world.rank}", "")
+    while not store.check([f"{what} {r}" for r in range(world.size)]):
+        if store.check([FAILURE]):
+            first = store.get(FAILURE).decode()
+            raise Stopped(1, f"stopped, since another rank failed: {first}")
+        time.sleep(0.1)
 
 
 def main_says(value, world: World):
