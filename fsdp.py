@@ -172,5 +172,6 @@ def gathered(model: nn.Module, world: World) -> nn.Module | None:
             into[name].data = full.detach().to("cpu", copy=True)
     for name, module in model.named_modules() if whole is not None else ():
         if isinstance(module, LoRALinear):
-            into[f"{name}.weight"].data += module.delta().cpu()
+            weight = into[f"{name}.weight"]
+            weight.data = weight.float() + module.delta().cpu()
     return whole

@@ -56,6 +56,11 @@ def wants_lora(cfg: DistillConfig) -> bool:
     return any(getattr(cfg, name).train == "lora" for name in cfg.stage_names())
 
 
+def adapters_alone(cfg: DistillConfig) -> bool:
+    """Whether every stage of the run trains adapters, so that all else stays as it is."""
+    return all(getattr(cfg, name).train == "lora" for name in cfg.stage_names())
+
+
 def check_lora(cfg: DistillConfig) -> None:
     """UserError for flags of --lora_... that cannot be."""
     names = cfg.lora_targets.split(",")
@@ -99,13 +104,15 @@ def is_lora(name: str) -> bool:
 
 @torch.no_grad()
 def merge_lora(model: nn.Module) -> None:
-    """W <- W + (alpha / r) B A, in place; no adapter is left. A weight that another model has too
-    is left to that one."""
+    """W <- W + (alpha / r) B A, in place; no adapter is left. The sum is in float32 at least, as a
+    small change rounds away in bfloat16. A weight that another model has too is left to that one.
+    """
     for module in list(model.modules()):
         for name, child in list(module.named_children()):
             if isinstance(child, LoRALinear):
                 plain = nn.Linear(child.in_features, child.out_features, bias=False, device="meta")
                 w = child.weight
-                plain.weight = nn.Parameter((w.float() + child.delta()).to(w.dtype))
+                merged = w.float() + child.delta()
+                plain.weight = nn.Parameter(merged.to(torch.promote_types(w.dtype, merged.dtype)))
                 plain.bias = child.bias
                 setattr(module, name, plain)

@@ -46,7 +46,7 @@ from fsdp import wants_fsdp
 from hf import DTYPES, read_config, tokenizer_spec
 from hybrid_layers import cast_trunk, mixer_parameters
 from layer_lists import auto_share
-from lora import add_lora, is_lora, wants_lora
+from lora import adapters_alone, add_lora, is_lora, wants_lora
 from model import Transformer
 from room import (
     LAYER_BYTES,
@@ -61,7 +61,7 @@ from room import (
 )
 from search import uniform_pattern
 from stage_plan import StagePlan, plan_stage
-from student import set_trainable, shares_trunk
+from student import changed, narrow, set_trainable, shares_trunk
 from tokenizer import load_tokenizer
 from trainer import compile_wanted, compute_dtype, open_data
 
@@ -117,6 +117,8 @@ def planned_student(
             p.data = p.data.to(p.dtype if name in mixers else dtype)
     elif cfg.trunk_dtype != "float32":
         cast_trunk(model, layers, DTYPES[cfg.trunk_dtype])
+    if adapters_alone(cfg):
+        narrow(model, dtype)
     if wants_lora(cfg):
         add_lora(model, cfg)
     return model
@@ -142,7 +144,10 @@ def distillation_stages(
             layers, searched = chosen, None
             student = planned_student(cfg, config, layers, dtype, fsdp)
         set_trainable(student, plan.stage, layers)
-        yield on_meta(plan, student, layers)
+        stage = on_meta(plan, student, layers)
+        if not convert:
+            stage.objective.saved = changed(stage.objective, cfg)
+        yield stage
 
 
 def total_flops(plan: StagePlan, work: StageFlops) -> float:
@@ -177,7 +182,12 @@ def on_disk(
     cfg: TrainConfig, stages: list[StageBudget], student: Transformer, tokenizer_from: str
 ) -> tuple[list[tuple[str, int]], int]:
     """`room.disk_parts` of a run that saves this student at its end."""
-    saved = {f"model.{n}": p for n, p in student.named_parameters() if not is_lora(n)}
+    named = dict(student.named_parameters())
+    adapted = {n.rpartition(".")[0] for n in named if is_lora(n)}  # and merged into float32
+    saved = {
+        f"model.{n}": p.float() if n.removesuffix(".weight") in adapted else p
+        for n, p in named.items() if not is_lora(n)
+    }  # fmt: skip
     model = file_bytes(saved) + tokenizer_bytes(tokenizer_from)
     logs = RUN_BYTES + sum(stage.logs for stage in stages)
     return disk_parts(cfg, [stage.saves for stage in stages], model, logs)
@@ -218,7 +228,7 @@ def distillation(
         if cfg.teacher_float8 and stage.plan.name != "align":
             float8["teacher in float8"] = sum(p.numel() for p in guide.layers[first:].parameters())
         memory = base | float8 | stage_memory(cfg, m, stage, teacher)
-        if not budget.moments:
+        if not budget.moments and (convert or not (fsdp and cfg.student)):
             whole = {"runtime": base["runtime"], "teacher": held(guide.named_parameters())}
             whole["student"] = held(own.items()) * (2 if cfg.student and convert else 1)
             budget.moments["loading"] = whole | calibration(cfg, config, convert)

@@ -27,9 +27,10 @@ from hybrid_layers import (
 from layer_lists import auto_share, parse_layers
 from layers import Attention
 from lora import FLAGS as LORA_FLAGS
-from lora import check_lora, is_lora, wants_lora
+from lora import adapters_alone, check_lora, is_lora, wants_lora
 from mixture import Mixture
 from model import Transformer
+from optimizer import param_role
 from search import uniform_pattern
 from stage_plan import StagePlan
 from tokenizer import load_tokenizer
@@ -188,12 +189,15 @@ def build_models(
 ) -> tuple[Transformer, Transformer, Transformer, bool]:  # fmt: skip
     """(teacher, source, student, shared): the frozen teacher in the compute type, the model whose
     layers were converted (the teacher, or --student as it was), and the student, whose trunk is
-    the teacher's own where it stays frozen (`shares_trunk`), else a copy in --trunk_dtype. Under
+    the teacher's own where it stays frozen (`shares_trunk`), else a copy in --trunk_dtype; in the
+    compute type where adapters alone are trained. Under
     FSDP2, with a --student that needs no conversion, both are shapes alone, on the meta device:
     no rank has room for more than its pieces (`fsdp.shard`)."""
     if fsdp and cfg.student and not convert:
         teacher = load_shape(cfg.teacher, dtype).eval().requires_grad_(False)
         student = load_shape(cfg.student, torch.float32).train()
+        if adapters_alone(cfg):
+            narrow(student, dtype)
         return teacher, student, student, False
     teacher = load_model(cfg.teacher, dtype=dtype, device=world.device)
     teacher.eval().requires_grad_(False)
@@ -216,7 +220,22 @@ def build_models(
         raise UserError("--trunk_dtype: bfloat16 found, float32 expected, as the compute type is")
     if cfg.trunk_dtype != "float32" and not shared:
         cast_trunk(student, layers, DTYPES[cfg.trunk_dtype])
+    if adapters_alone(cfg):
+        narrow(student, dtype)
     return teacher, source, student.train(), shared
+
+
+def changed(objective, cfg: DistillConfig) -> dict[str, torch.nn.Parameter]:
+    """What a checkpoint has to hold of a --student that was not converted in this run."""
+    return objective.params if adapters_alone(cfg) else objective.saved
+
+
+def narrow(model: Transformer, dtype: torch.dtype) -> None:
+    """Store what is computed in `dtype` in it, in place: the matrices that FSDP2 would cut. For
+    models that are not trained, or by adapters alone."""
+    for name, p in model.named_parameters():
+        if param_role(name, p) != "no_decay":
+            p.data = p.data.to(dtype)
 
 
 def search_identity(cfg: DistillConfig) -> dict:

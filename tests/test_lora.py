@@ -82,6 +82,7 @@ def test_dropout_is_for_training_only():
         assert new(ids).equal(new(ids))
 
 
+TARGETS = ("q_proj.weight", "k_proj.weight", "v_proj.weight", "o_proj.weight")
 LORA = ("--distill_train=lora", "--lora_rank=4", "--distill_lr=1e-2")
 
 
@@ -93,9 +94,8 @@ def test_a_stage_trains_adapters_alone(tiny_teacher, tiny_data, tmp_path, capsys
     only = ("--stages=align",)
     call_script("train_kd", *kd_flags(tiny_teacher, tiny_data, tmp_path, "align", *only))
     aligned, done = weights(tmp_path / "align" / "model"), weights(tmp_path / "a" / "model")
-    targets = ("q_proj.weight", "k_proj.weight", "v_proj.weight", "o_proj.weight")
     for name, p in done.items():  # the saved student has no adapters, but what they came to
-        assert p.equal(aligned[name]) != name.endswith(targets), name
+        assert p.equal(aligned[name]) != name.endswith(TARGETS), name
     kl = metric_rows(tmp_path / "a", "kl")
     assert sum(list(kl.values())[-5:]) < sum(list(kl.values())[:5])
 
@@ -106,6 +106,30 @@ def test_a_stage_trains_adapters_alone(tiny_teacher, tiny_data, tmp_path, capsys
     kept = {n for n in names if n.startswith("model.")}
     assert all(".linear_attn." in n or is_lora(n) for n in kept)
     again = kd_flags(tiny_teacher, tiny_data, tmp_path, "b", *LORA, *often, f"--resume={inside}")
+    call_script("train_kd", *again)
+    resumed = weights(tmp_path / "b" / "model")
+    assert all(p.equal(resumed[name]) for name, p in done.items())
+
+
+def test_a_student_of_which_adapters_alone_are_trained(tiny_teacher, tiny_data, tmp_path):
+    """All else stays in the compute type and out of checkpoints; what they come to is float32."""
+    call_script("train_kd", *kd_flags(tiny_teacher, tiny_data, tmp_path, "s", "--stages=align"))
+    more = (*LORA, f"--student={tmp_path / 's' / 'model'}", "--stages=distill", "--save_every=10",
+            "--keep_checkpoints=9", "--dtype=bfloat16")  # fmt: skip
+    call_script("train_kd", *kd_flags(tiny_teacher, tiny_data, tmp_path, "a", *more))
+    given, done = weights(tmp_path / "s" / "model"), weights(tmp_path / "a" / "model")
+    assert given.keys() == done.keys()
+    for name, p in done.items():
+        if not name.endswith(TARGETS):
+            assert p.dtype == (torch.bfloat16 if param_role(name, p) != "no_decay" else p.dtype)
+            assert p.equal(given[name].to(p.dtype)), name
+            continue
+        change = p - given[name].bfloat16().float()
+        assert p.dtype == torch.float32 and torch.linalg.matrix_rank(change, rtol=1e-3) == 4, name
+    inside = tmp_path / "a" / "checkpoints" / "step-10"
+    names = [n.removeprefix("model.") for n in tensor_names(inside) if n.startswith("model.")]
+    assert len(names) == 2 * 16 and all(map(is_lora, names))
+    again = kd_flags(tiny_teacher, tiny_data, tmp_path, "b", *more, f"--resume={inside}")
     call_script("train_kd", *again)
     resumed = weights(tmp_path / "b" / "model")
     assert all(p.equal(resumed[name]) for name, p in done.items())

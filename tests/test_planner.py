@@ -27,8 +27,8 @@ from budget import Budget, show_budget
 from config import DistillConfig, PretrainConfig
 from distributed import World
 from flops import flops_per_token
-from hf import read_config
-from hybrid_layers import MIXERS
+from hf import load_model, read_config, save_model
+from hybrid_layers import MIXERS, convert_layers
 from lora import add_lora, wants_lora
 from ops.kd_head import buffer_bytes, buffers_alive, ce_head, kd_head
 from room import Saves, at_most
@@ -87,6 +87,33 @@ def test_what_trains_and_its_state_are_those_of_the_real_models(
         assert stage.memory["teacher"] == bytes_of(teacher.parameters())
         assert stage.memory["gradients"] in (0, bytes_of(trained))
     assert shared == (train != "all")
+
+
+def test_a_student_with_adapters_alone(tiny_teacher, tiny_data, tmp_path):
+    """It is held in the compute type, checkpoints hold adapters, and FSDP2 loads pieces."""
+    model = convert_layers(load_model(tiny_teacher), [1, 2])
+    save_model(model, tmp_path / "s", tokenizer_from="byte")
+    flags = kd_flags(tiny_teacher, tiny_data, tmp_path, "a", "--stages=distill",
+                     "--distill_train=lora", f"--student={tmp_path / 's'}")  # fmt: skip
+    flags += ["--dtype=bfloat16"]
+    flags[flags.index("--device=cpu")] = "--device=auto"
+    (stage,) = kd_budget(*flags).stages
+    cfg = config_of(DistillConfig, *flags)
+    layers, _, _, convert = students.preflight(cfg)
+    assert not convert
+    _, _, student, _ = students.build_models(cfg, layers, convert, CPU, torch.bfloat16)
+    add_lora(student, cfg)
+    assert stage.memory["student"] == bytes_of(student.parameters())
+    assert stage.memory["student"] < 0.6 * bytes_of(p.float() for p in student.parameters())
+    state = stage.memory["optimizer state"]
+    assert state < stage.saves.size < 1.5 * state + planner.STATE_BYTES + 40_000
+    two = kd_budget(*flags, "--parallel=fsdp", "--plan", "--plan_device=2xH100")
+    assert "loading" not in two.moments
+    whole = [f for f in flags if "--student" not in f]
+    more = kd_budget(*whole, "--parallel=fsdp", "--plan", "--plan_device=2xH100")
+    held = [sum(b.memory()[w][m] for m in ("teacher", "student")) for b, w in
+            ((more, "loading"), (two, "distill"))]  # fmt: skip
+    assert held[0] > 1.5 * held[1]
 
 
 def test_pretraining_has_what_the_real_model_has(tiny_data, tmp_path):
