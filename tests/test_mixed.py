@@ -50,6 +50,7 @@ def deep_teacher(tmp_path_factory) -> str:
     return str(folder)
 
 
+@pytest.mark.slow
 def test_every_mixer_in_one_student(deep_teacher, tiny_data, tmp_path):
     """Align and distill: two ranks give what one gives; the student comes back and decodes."""
     count = len(MIXERS)

@@ -238,7 +238,7 @@ def test_stage_of_the_checkpoint_is_checked(refused, tiny_teacher, tiny_data, tm
     assert "stage" in line
 
 
-@pytest.mark.parametrize("script", ["train", "train_kd"])
+@pytest.mark.parametrize("script", [pytest.param("train", marks=pytest.mark.slow), "train_kd"])
 def test_kill_and_resume_is_bitwise(script, tiny_teacher, tiny_data, tmp_path):
     """kill -9 at a random step, then --resume auto: the same losses, bit for bit."""
     if script == "train":
@@ -351,6 +351,7 @@ def test_long_can_select_tokens_too(tiny_teacher, tiny_data, tmp_path):
     assert sorted(metric_rows(tmp_path / "a", "ce")) == [1, 2, 3]
 
 
+@pytest.mark.slow
 def test_resume_on_another_number_of_ranks(tiny_teacher, tiny_data, tmp_path):
     flags = kd_flags(tiny_teacher, tiny_data, tmp_path, "two", "--save_every=4")
     whole = kd_flags(tiny_teacher, tiny_data, tmp_path, "whole")

@@ -142,6 +142,7 @@ def test_ranks_without_torchrun(tiny_data, tmp_path):
     assert sorted(metric_rows(tmp_path / "a")) == [1, 2]
 
 
+@pytest.mark.slow
 def test_a_port_in_use_is_named(tiny_data, tmp_path):
     """By rank 0; the others, whom nobody tells, give up by themselves."""
     flags = train_flags(tiny_data, tmp_path, "a")
