@@ -15,6 +15,7 @@ from conftest import ROOT
 
 import cli
 from config import DistillConfig, PretrainConfig
+from shards import TokenDataset
 
 PAGES = ["README.md", *sorted(str(p.relative_to(ROOT)) for p in (ROOT / "docs").glob("*.md"))]
 STARTS = ("python ", "torchrun ", "make ", "uv ", "pip ")
@@ -50,6 +51,17 @@ def test_flags_parse(page, command):
             if argv != ["--help"]:
                 preset, flags = cli.parse_argv(argv)
                 cli.load_config(cls, flags, preset)
+
+
+def test_examples_of_data_hold_something_out(tmp_path):
+    """Documents are chosen by their hash: of a few that are edited often it may be none."""
+    found = [shlex.split(c) for _, c in EVERY if "prepare_data.py" in c]
+    assert len(found) > 1
+    for i, words in enumerate(found):
+        words[words.index("--tokenizer") + 1] = "byte"
+        words[words.index("--out") + 1] = str(tmp_path / str(i))
+        subprocess.run([sys.executable, *words[1:]], cwd=ROOT, check=True, capture_output=True)
+        assert TokenDataset.open(tmp_path / str(i), "val").num_tokens > 512, words
 
 
 def test_links_and_files_exist():
