@@ -38,7 +38,8 @@ from cria_job import Cria, Job, later_stages, load_block, name_of, prepare, say
 from data import PackedLoader
 from distributed import all_have_done, compile_blocks
 from evaluate import inputs
-from hf import our_name, read_weights, stock_type, write_folder
+from hf import stock_type, write_folder
+from hf_files import our_name, read_weights
 from hybrid_layers import (
     check_transfer,
     convert_layers,

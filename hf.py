@@ -1,4 +1,5 @@
-"""Hugging Face folders in and out; with `hf_hybrids.py` the only file that knows their key names.
+"""Hugging Face folders in and out; with `hf_files.py` and `hf_hybrids.py` the only file that knows
+their key names.
 
     config, model, tokenizer_spec = load_model("models/smollm2-135m")
     save_model(model, "runs/x/model", tokenizer_from="models/smollm2-135m")
@@ -20,13 +21,19 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import torch
-import xxhash
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 import hf_hybrids
 from config import ModelConfig, UserError
+from hf_files import (
+    file_key,
+    opened,
+    our_name,
+    read_json,
+    read_weights,
+    weight_files,
+    write_weights,
+)
 from model import Transformer
 
 PLAIN = ("llama", "qwen2", "qwen3")
@@ -41,18 +48,7 @@ TOKENIZER_FILES = (
     "chat_template.jinja",
     "generation_config.json",
 )
-SHARD_BYTES = 5 * 10**9
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
-
-
-def _read_json(path: Path) -> dict:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as e:  # not JSON, or not even UTF-8
-        raise UserError(f"{path}: not JSON ({e})") from None
-    if not isinstance(value, dict):
-        raise UserError(f"{path}: a {type(value).__name__} found, an object expected")
-    return value
 
 
 def no_model(folder: str | Path) -> UserError:
@@ -64,7 +60,7 @@ def read_config(folder: str | Path) -> ModelConfig:
     path = Path(folder) / "config.json"
     if not path.is_file():
         raise no_model(folder)
-    raw = _read_json(path)
+    raw = read_json(path)
     kind = raw.get("model_type")
     if "text_config" in raw:
         raise UserError(
@@ -155,7 +151,7 @@ def model_type(folder: str | Path) -> str:
     path = Path(folder) / "config.json"
     if not path.is_file():
         raise no_model(folder)
-    return _read_json(path).get("model_type", "")
+    return read_json(path).get("model_type", "")
 
 
 def tokenizer_spec(folder: str | Path) -> str:
@@ -165,62 +161,10 @@ def tokenizer_spec(folder: str | Path) -> str:
         return str(folder)
     if not (folder / "config.json").is_file():
         raise no_model(folder)
-    name = _read_json(folder / "config.json").get("retort_tokenizer")
+    name = read_json(folder / "config.json").get("retort_tokenizer")
     if not name:
         raise UserError(f"{folder}: no tokenizer.json; --tokenizer has to name one")
     return name
-
-
-def fingerprint(folder: str | Path) -> str:
-    """Hex digest of a model's config and weights: of each file the size, the first and the last
-    MiB (a safetensors header names every tensor; reading all of a large model is too slow)."""
-    digest = xxhash.xxh3_64()
-    folder = Path(folder)
-    for path in [folder / "config.json", *sorted(folder.glob("*.safetensors"))]:
-        size = path.stat().st_size
-        with open(path, "rb") as f:
-            digest.update(f"{path.name} {size}".encode() + f.read(1 << 20))
-            f.seek(max(0, size - (1 << 20)))
-            digest.update(f.read())
-    return digest.hexdigest()
-
-
-def read_weights(
-    folder: str | Path, wanted: Callable[[str], bool] = lambda name: True
-) -> dict[str, Tensor]:
-    """The wanted tensors of `model.safetensors` or of the files its index names, by file key;
-    `wanted` is asked for names as of our parameters."""
-    tensors = {}
-    for path in _weight_files(Path(folder), wanted):
-        with _opened(path) as f:
-            keys = [key for key in f.keys() if wanted(our_name(key))]  # noqa: SIM118
-            tensors.update({key: f.get_tensor(key) for key in keys})
-    return tensors
-
-
-def _weight_files(folder: Path, wanted: Callable[[str], bool] = lambda name: True) -> list[Path]:
-    index = folder / "model.safetensors.index.json"
-    if not index.is_file():
-        return [folder / "model.safetensors"]
-    names = _read_json(index).get("weight_map")
-    if not names:
-        raise UserError(f"{index}: no weight_map found")
-    return [folder / f for f in sorted({f for key, f in names.items() if wanted(our_name(key))})]
-
-
-@contextmanager
-def _opened(path: Path) -> Iterator[safe_open]:
-    """A safetensors file; UserError where there is none, also for what is found while reading."""
-    if not path.is_file():
-        raise UserError(f"{path.parent}: no {path.name}; safetensors weights expected "
-                        "(pickles never)")  # fmt: skip
-    try:
-        with safe_open(path, "pt") as f:
-            yield f
-    except Exception as e:  # safetensors raises its own class, not an OSError
-        if type(e).__name__ != "SafetensorError":
-            raise
-        raise UserError(f"{path}: not a whole safetensors file ({e})") from None
 
 
 @contextmanager
@@ -238,21 +182,12 @@ def stored_rows(
         return
     with ExitStack() as stack:
         rows = {}
-        for path in _weight_files(Path(folder)):
-            f = stack.enter_context(_opened(path))
+        for path in weight_files(Path(folder)):
+            f = stack.enter_context(opened(path))
             for key in f.keys():  # noqa: SIM118
                 piece = f.get_slice(key)
                 rows[our_name(key)] = tuple(piece.get_shape()), lambda a, b, p=piece: p[a:b]
         yield rows
-
-
-def our_name(key: str) -> str:
-    """A parameter's name, from its key in a file."""
-    return key.removeprefix("model.")
-
-
-def file_key(name: str) -> str:
-    return name if name.startswith("lm_head.") else f"model.{name}"
 
 
 def load_model(
@@ -471,7 +406,7 @@ def write_folder(
     if not _copy_tokenizer(Path(tokenizer_from).expanduser(), tmp, kind):
         raw["retort_tokenizer"] = str(tokenizer_from)
     (tmp / "config.json").write_text(json.dumps(raw, indent=2) + "\n")
-    _write_weights(((file_key(name), t.contiguous()) for name, t in tensors), tmp)
+    write_weights(((file_key(name), t.contiguous()) for name, t in tensors), tmp)
     old = folder.with_name(folder.name + ".old")
     if folder.exists():
         shutil.rmtree(old, ignore_errors=True)
@@ -503,39 +438,7 @@ def _copy_tokenizer(source: Path, folder: Path, kind: str) -> bool:
 def _set_tokenizer_class(path: Path) -> None:
     """Have transformers run tokenizer.json itself. Without it the model type decides on a class,
     which may split text by rules of its own: other ids, and no error."""
-    raw = _read_json(path) if path.is_file() else {}
+    raw = read_json(path) if path.is_file() else {}
     raw.pop("auto_map", None)
     raw["tokenizer_class"] = "PreTrainedTokenizerFast"
     path.write_text(json.dumps(raw, indent=2) + "\n")
-
-
-def _write_weights(tensors: Iterable[tuple[str, Tensor]], folder: Path) -> None:
-    """One safetensors file, or shards of at most SHARD_BYTES with an index."""
-    files: list[list[str]] = []  # the keys of each
-    shard: dict[str, Tensor] = {}
-    held = total = 0
-
-    def flush() -> None:
-        path = folder / f"model-{len(files) + 1:05d}.safetensors"
-        save_file(shard, path, metadata={"format": "pt"})
-        files.append(list(shard))
-        shard.clear()
-
-    for key, tensor in tensors:
-        size = tensor.numel() * tensor.element_size()
-        if shard and held + size > SHARD_BYTES:
-            flush()
-            held = 0
-        shard[key] = tensor
-        held, total = held + size, total + size
-    flush()
-    if len(files) == 1:
-        (folder / "model-00001.safetensors").rename(folder / "model.safetensors")
-        return
-    names = {}
-    for i, keys in enumerate(files):
-        name = f"model-{i + 1:05d}-of-{len(files):05d}.safetensors"
-        (folder / f"model-{i + 1:05d}.safetensors").rename(folder / name)
-        names.update(dict.fromkeys(keys, name))
-    index = {"metadata": {"total_size": total}, "weight_map": names}
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")

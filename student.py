@@ -15,7 +15,8 @@ from config import DistillConfig, ModelConfig, StageConfig, UserError
 from data import PackedLoader
 from distributed import World
 from evaluate import inputs
-from hf import DTYPES, fingerprint, load_model, load_shape, read_config, tokenizer_spec
+from hf import DTYPES, load_model, load_shape, read_config, tokenizer_spec
+from hf_files import fingerprint
 from hybrid_layers import (
     cast_trunk,
     convert_config,

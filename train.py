@@ -21,7 +21,8 @@ from distributed import World, compile_blocks, main_first, start, stop, this_pro
 from evaluate import Evaluator, completions, eval_rows
 from fast_tokenizer import Unsupported
 from fsdp import gathered, ranks_line, shard, wants_fsdp
-from hf import fingerprint, load_model, read_config, save_model, tokenizer_spec
+from hf import load_model, read_config, save_model, tokenizer_spec
+from hf_files import fingerprint
 from hybrid_layers import convert_config, resolve_kernels, use_kernels
 from layer_lists import parse_layers
 from mixture import rows_line

@@ -11,9 +11,10 @@ import torch
 from kit import logits, random_ids, randomise, tiny_model
 from safetensors.torch import load_file, save_file
 
-import hf
+import hf_files
 from config import UserError
 from hf import load_model, load_shape, read_config, save_model, stock_type, tokenizer_spec
+from hf_files import fingerprint
 
 transformers = pytest.importorskip("transformers")
 
@@ -148,7 +149,7 @@ def test_our_shards_load_in_transformers_too(tmp_path, monkeypatch):
     peer = stock(FAMILIES["qwen2"])
     peer.save_pretrained(tmp_path / "m")
     ours = load_model(tmp_path / "m")
-    monkeypatch.setattr(hf, "SHARD_BYTES", 20_000)
+    monkeypatch.setattr(hf_files, "SHARD_BYTES", 20_000)
     save_model(ours, tmp_path / "out", tokenizer_from="byte")
     files = sorted((tmp_path / "out").glob("*.safetensors"))
     index = json.loads((tmp_path / "out/model.safetensors.index.json").read_text())
@@ -260,12 +261,12 @@ def test_stock_type_is_one_that_holds_every_weight(kinds, settings, expected, tm
 def test_fingerprint_sees_config_and_weights(tmp_path):
     save_model(tiny_model("F"), tmp_path / "a", tokenizer_from="byte")
     shutil.copytree(tmp_path / "a", tmp_path / "b")
-    same = hf.fingerprint(tmp_path / "a")
-    assert hf.fingerprint(tmp_path / "b") == same
+    same = fingerprint(tmp_path / "a")
+    assert fingerprint(tmp_path / "b") == same
     edit_config(tmp_path / "b", lambda raw: raw.update(rope_theta=7.0))
-    assert hf.fingerprint(tmp_path / "b") != same
+    assert fingerprint(tmp_path / "b") != same
     save_model(tiny_model("F", seed=1), tmp_path / "a", tokenizer_from="byte")
-    assert hf.fingerprint(tmp_path / "a") != same
+    assert fingerprint(tmp_path / "a") != same
 
 
 # ---- refusals: a UserError that names the thing

@@ -1,0 +1,127 @@
+"""The files of a Hugging Face folder: JSON, and safetensors whose keys are our names but for a
+prefix.
+
+What their contents mean is in hf.py. Check: `pytest tests/test_hf.py`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import xxhash
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from config import UserError
+
+SHARD_BYTES = 5 * 10**9
+
+
+def read_json(path: Path) -> dict:
+    """A file that holds an object; UserError where it does not."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as e:  # not JSON, or not even UTF-8
+        raise UserError(f"{path}: not JSON ({e})") from None
+    if not isinstance(value, dict):
+        raise UserError(f"{path}: a {type(value).__name__} found, an object expected")
+    return value
+
+
+def our_name(key: str) -> str:
+    """A parameter's name, from its key in a file."""
+    return key.removeprefix("model.")
+
+
+def file_key(name: str) -> str:
+    """The reverse."""
+    return name if name.startswith("lm_head.") else f"model.{name}"
+
+
+def fingerprint(folder: str | Path) -> str:
+    """Hex digest of a model's config and weights: of each file the size, the first and the last
+    MiB (a safetensors header names every tensor; reading all of a large model is too slow)."""
+    digest = xxhash.xxh3_64()
+    folder = Path(folder)
+    for path in [folder / "config.json", *sorted(folder.glob("*.safetensors"))]:
+        size = path.stat().st_size
+        with open(path, "rb") as f:
+            digest.update(f"{path.name} {size}".encode() + f.read(1 << 20))
+            f.seek(max(0, size - (1 << 20)))
+            digest.update(f.read())
+    return digest.hexdigest()
+
+
+def read_weights(
+    folder: str | Path, wanted: Callable[[str], bool] = lambda name: True
+) -> dict[str, Tensor]:
+    """The wanted tensors of `model.safetensors` or of the files its index names, by file key;
+    `wanted` is asked for names as of our parameters."""
+    tensors = {}
+    for path in weight_files(Path(folder), wanted):
+        with opened(path) as f:
+            keys = [key for key in f.keys() if wanted(our_name(key))]  # noqa: SIM118
+            tensors.update({key: f.get_tensor(key) for key in keys})
+    return tensors
+
+
+def weight_files(folder: Path, wanted: Callable[[str], bool] = lambda name: True) -> list[Path]:
+    """`model.safetensors`, or the files that have wanted tensors by the index, there or not."""
+    index = folder / "model.safetensors.index.json"
+    if not index.is_file():
+        return [folder / "model.safetensors"]
+    names = read_json(index).get("weight_map")
+    if not names:
+        raise UserError(f"{index}: no weight_map found")
+    return [folder / f for f in sorted({f for key, f in names.items() if wanted(our_name(key))})]
+
+
+@contextmanager
+def opened(path: Path) -> Iterator[safe_open]:
+    """A safetensors file; UserError where there is none, also for what is found while reading."""
+    if not path.is_file():
+        raise UserError(f"{path.parent}: no {path.name}; safetensors weights expected "
+                        "(pickles never)")  # fmt: skip
+    try:
+        with safe_open(path, "pt") as f:
+            yield f
+    except Exception as e:  # safetensors raises its own class, not an OSError
+        if type(e).__name__ != "SafetensorError":
+            raise
+        raise UserError(f"{path}: not a whole safetensors file ({e})") from None
+
+
+def write_weights(tensors: Iterable[tuple[str, Tensor]], folder: Path) -> None:
+    """One safetensors file, or shards of at most SHARD_BYTES with an index."""
+    files: list[list[str]] = []  # the keys of each
+    shard: dict[str, Tensor] = {}
+    held = total = 0
+
+    def flush() -> None:
+        path = folder / f"model-{len(files) + 1:05d}.safetensors"
+        save_file(shard, path, metadata={"format": "pt"})
+        files.append(list(shard))
+        shard.clear()
+
+    for key, tensor in tensors:
+        size = tensor.numel() * tensor.element_size()
+        if shard and held + size > SHARD_BYTES:
+            flush()
+            held = 0
+        shard[key] = tensor
+        held, total = held + size, total + size
+    flush()
+    if len(files) == 1:
+        (folder / "model-00001.safetensors").rename(folder / "model.safetensors")
+        return
+    names = {}
+    for i, keys in enumerate(files):
+        name = f"model-{i + 1:05d}-of-{len(files):05d}.safetensors"
+        (folder / f"model-{i + 1:05d}.safetensors").rename(folder / name)
+        names.update(dict.fromkeys(keys, name))
+    index = {"metadata": {"total_size": total}, "weight_map": names}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
