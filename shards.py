@@ -166,7 +166,8 @@ class _Reader:
     """A shard's open file: called with a first token and a count, it gives an array [count]."""
 
     def __init__(self, shard: _Shard):
-        self.shard = shard
+        self.shard, self.dtype, self.itemsize = shard, shard.dtype, shard.dtype.itemsize
+        self.offset, self.end = shard.offset, shard.offset + shard.tokens * shard.dtype.itemsize
         self._file = None
         try:
             self._file = os.open(shard.path, os.O_RDONLY)
@@ -174,29 +175,21 @@ class _Reader:
             raise UserError(f"{shard.path}: {error.strerror}; it was there at first") from error
 
     def __call__(self, first: int, count: int) -> np.ndarray:
-        size = count * self.shard.dtype.itemsize
-        raw = self._read(size, self.shard.offset + first * self.shard.dtype.itemsize)
-        return np.frombuffer(raw, self.shard.dtype)
-
-    def _read(self, size: int, at: int) -> bytes:
-        raw = b""
-        while len(raw) < size:  # one call gives 2 GiB at most
-            try:
-                more = os.pread(self._file, size - len(raw), at + len(raw))
-            except OSError as error:
-                raise UserError(f"{self.shard.path}: {error.strerror} at byte {at}") from error
-            if not more:
-                raise UserError(self._cut_off())
-            raw = raw + more if raw else more
-        return raw
-
-    def _cut_off(self) -> str:
+        at, size = self.offset + first * self.itemsize, count * self.itemsize
         found = os.fstat(self._file).st_size
-        expected = self.shard.offset + self.shard.tokens * self.shard.dtype.itemsize
-        return (
-            f"{self.shard.path}: {found} bytes found, {expected} expected; it was cut off after"
-            " the run began"
-        )
+        try:
+            raw = os.pread(self._file, size, at)
+            while found >= self.end and len(raw) < size:  # one call gives 2 GiB at most
+                more = os.pread(self._file, size - len(raw), at + len(raw))
+                raw, found = raw + more, found if more else at + len(raw)
+        except OSError as error:
+            raise UserError(f"{self.shard.path}: {error.strerror} at byte {at}") from error
+        if found < self.end:  # already, or between the look and the read
+            raise UserError(
+                f"{self.shard.path}: {found} bytes found, {self.end} expected; it was cut off after"
+                " the run began"
+            )
+        return np.frombuffer(raw, self.dtype)
 
     def __del__(self):
         if self._file is not None:

@@ -19,8 +19,9 @@ from test_runs import kd_flags, weights
 import cria
 import cria_files
 import cria_job
+import distributed
 from cli import load_config, parse_argv
-from config import DistillConfig, UserError
+from config import DistillConfig, Stopped, UserError
 from cria import collect, row_sets, shard
 from cria_files import SavedRows, part_path, read_tensor_file, unsealed
 from cria_job import load_block, prepare
@@ -450,6 +451,18 @@ if os.environ["RANK"] == "1":
     )
     assert result.returncode and "error: rank 1: KeyError: 'boom'" in result.stderr
     assert time.monotonic() - begun < 60 and not (tmp_path / "a" / "cria" / "student").exists()
+
+
+def test_what_ranks_do_alone_ends_together(monkeypatch):
+    """A rank waits for the others' word, and gives up where one has failed."""
+    store, world = torch.distributed.HashStore(), distributed.World(0, 2, torch.device("cpu"))
+    monkeypatch.setattr(distributed, "shared_store", lambda: store)
+    store.set("shard 1", "")
+    distributed.all_have_done("shard", world)
+    assert store.check(["shard 0"])
+    store.set(distributed.FAILURE, "rank 1: boom")
+    with pytest.raises(Stopped, match="another rank failed: rank 1: boom"):
+        distributed.all_have_done("train", world)
 
 
 def test_a_dry_run_leaves_nothing_behind(flags, tmp_path, capsys):

@@ -139,7 +139,7 @@ def test_flipped_token_bit_is_found_by_verify(tmp_path):
         TokenDataset.open(tmp_path, "train", verify=True)
 
 
-def test_damage_that_comes_later_is_refused_when_it_is_read(tmp_path):
+def test_damage_that_comes_later_is_refused_when_it_is_read(tmp_path, monkeypatch):
     """Neither an id that no embedding has nor a file that became shorter gets through."""
     write(tmp_path, random_documents(40), shard_tokens=300)
     data = TokenDataset.open(tmp_path, "train")
@@ -154,13 +154,17 @@ def test_damage_that_comes_later_is_refused_when_it_is_read(tmp_path):
         data.read(first - 3, 10)
     assert (data.read(first + 6, 20) == whole[first + 6 : first + 26]).all()
     os.truncate(path, path.stat().st_size - 2)
-    assert (data.read(first + 6, 20) == whole[first + 6 : first + 26]).all()
-    end = int(data._starts[2])
     with pytest.raises(
         UserError, match=r"train-00001\.bin: \d+ bytes found, \d+ expected"
     ) as error:
-        data.read(end - 20, 20)
+        data.read(first + 6, 20)
     assert "\n" not in str(error.value)
+    with monkeypatch.context() as patch:  # cut off between the look at its size and the read
+        patch.setattr(shards.os, "fstat", lambda _: os.stat_result([0] * 6 + [10**6] + [0] * 3))
+        size = path.stat().st_size
+        assert (data.read(first + 6, 20) == whole[first + 6 : first + 26]).all()
+        with pytest.raises(UserError, match=rf"train-00001\.bin: {size} bytes found"):
+            data.read(int(data._starts[2]) - 20, 20)
     (tmp_path / "train-00000.bin").unlink()
     assert (data.read(0, first) == whole[:first]).all()  # an open file outlives its name
 
