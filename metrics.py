@@ -119,6 +119,10 @@ def memory_gib(device: torch.device | str) -> float | None:
     """Peak memory in GiB: allocated by torch on a CUDA device, else resident in this process."""
     if torch.device(device).type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
+    try:  # on Linux ru_maxrss counts what the starting process held, VmHWM does not
+        return int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) / 2**20
+    except (OSError, IndexError):
+        pass
     try:
         import resource
     except ImportError:  # Windows

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import math
+import subprocess
 import sys
 import types
 
 import pytest
 import torch
+from conftest import ROOT
 
 import metrics
 from config import UserError
@@ -48,6 +50,13 @@ def test_memory_is_in_gib():
     block = torch.ones(2**28 // 4)  # 0.25 GiB
     assert 0.01 < before < metrics.memory_gib("cpu") + 1e-9 < 500
     assert metrics.memory_gib("cpu") >= block.nbytes / 2**30
+
+
+def test_memory_is_not_that_of_the_starting_process():
+    held = b"." * 2**30
+    code = "import metrics; print(metrics.memory_gib('cpu'))"
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert 0.05 < float(out.stdout) < len(held) / 2**30 - 0.2
 
 
 # Console
