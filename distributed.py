@@ -60,11 +60,16 @@ def choose_device(name: str) -> torch.device:
             name = "cuda"
         else:
             name = "mps" if torch.backends.mps.is_available() else "cpu"
-    if name == "cuda" and not torch.cuda.is_available():
-        raise UserError("--device: cuda found, but PyTorch sees no CUDA device; cpu expected")
-    if name == "mps" and not torch.backends.mps.is_available():
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise UserError(f"--device: '{name}' found, auto, cpu, cuda or mps expected") from None
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        seen = f"{torch.cuda.device_count()} CUDA devices" if device.index else "no CUDA device"
+        raise UserError(f"--device: {name} found, but PyTorch sees {seen}; cpu expected")
+    if device.type == "mps" and not torch.backends.mps.is_available():
         raise UserError("--device: mps found, but PyTorch sees no MPS device; cpu expected")
-    return torch.device(name)
+    return device
 
 
 def this_process(device_name: str) -> World:

@@ -29,7 +29,7 @@ from torch import Tensor
 
 from config import UserError
 from data import IGNORE, Batch, TokenDataset, eval_batches
-from distributed import World, all_sum
+from distributed import World, all_sum, choose_device
 from fsdp import reshard
 from generate import Decoder, for_decoding, generate, generate_batch
 from hybrid_layers import resolve_kernels, use_kernels
@@ -260,7 +260,7 @@ def score_domains(model, teacher, tokenizer, args, amp=nullcontext) -> dict[str,
         data = TokenDataset.open(resolve_data(spec, tokenizer), "val")
         batches = eval_batches(
             data, seq_len=args.seq_len, max_tokens=args.eval_tokens,
-            micro_batch=eval_rows(args.seq_len, torch.device(args.device)),
+            micro_batch=eval_rows(args.seq_len, choose_device(args.device)),
         )  # fmt: skip
         scores = Evaluator(batches, teacher, amp=amp)(model)
         tokens, size = sum(b.num_valid for b in batches), label_bytes(batches, tokenizer)
@@ -353,13 +353,19 @@ def evaluate(args) -> dict:
     from hf import tokenizer_spec
 
     tokenizer = load_tokenizer(tokenizer_spec(args.model))
+    theirs = load_tokenizer(tokenizer_spec(args.teacher)) if args.teacher else tokenizer
+    if theirs.hash != tokenizer.hash:
+        raise UserError(
+            f"--teacher: tokenizer {theirs.name} ({theirs.hash}) found, the model's "
+            f"{tokenizer.name} ({tokenizer.hash}) expected"
+        )
     asked = []
     if args.recall_tasks:
         asked = questions(
             tokenizer, tasks=args.recall_tasks.split(","), lengths=args.recall_lengths,
             depths=args.recall_depths, samples=args.recall_samples,
         )  # fmt: skip
-    device = torch.device(args.device)
+    device = choose_device(args.device)
     kind = args.dtype
     if kind == "auto":
         kind = "bfloat16" if device.type == "cuda" else "float32"
@@ -431,6 +437,8 @@ def main(argv: list[str] | None = None) -> None:
                 Path(args.out).mkdir(parents=True, exist_ok=True)
             except OSError as e:
                 raise UserError(f"--out: no folder {args.out} ({e.strerror})") from None
+        if args.seq_len < 1:
+            raise UserError(f"--seq_len: {args.seq_len} found, at least 1 expected")
         result = evaluate(args)
     except UserError as e:
         print(f"error: {e}", file=sys.stderr)

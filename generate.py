@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from config import UserError
+from distributed import choose_device
 from hybrid_layers import resolve_kernels, use_kernels
 from model import Transformer
 from tokenizer import load_tokenizer
@@ -173,9 +174,9 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--chat", action="store_true", help="wrap the prompt in ChatML turns")
     args = parser.parse_args(argv)
     try:
-        model = load_model(args.model, device=args.device)
+        device = choose_device(args.device)
+        model = load_model(args.model, device=device)
         tokenizer = load_tokenizer(tokenizer_spec(args.model))
-        device = torch.device(args.device)
         if device.type == "cpu":
             model.float()
         elif device.type == "cuda":
@@ -187,8 +188,8 @@ def main(argv: list[str] | None = None) -> None:
             turns = "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"
             prompts = [turns.format(p) for p in prompts]
         ids = [tokenizer.encode(p, special_tokens=args.chat) for p in prompts]
-        generator = torch.Generator(args.device).manual_seed(args.seed)
-        amp = torch.autocast("cuda", torch.bfloat16, enabled=args.device.startswith("cuda"))
+        generator = torch.Generator(device).manual_seed(args.seed)
+        amp = torch.autocast("cuda", torch.bfloat16, enabled=device.type == "cuda")
         with amp:
             new = generate_batch(
                 model, ids, args.max_new_tokens, temperature=args.temperature, top_p=args.top_p,

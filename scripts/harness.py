@@ -77,11 +77,13 @@ class Scorer:
         return logits.float().log_softmax(-1)
 
     def windows(self, ids: list[int]) -> list[tuple[list[int], list[int]]]:
-        """A long text as pairs for `log_likelihoods`, every token of it in one continuation, each
-        after as much of the text as fits; an end of text stands before it all."""
-        ids = [self.tokenizer.eos_token_id, *ids]
-        step = self.max_length
-        return [(ids[i : i + 1], ids[i + 1 : i + 1 + step]) for i in range(0, len(ids) - 1, step)]
+        """A long text as pairs for `log_likelihoods`, every token of it in one continuation, an end
+        of text before it all. As the harness cuts it: every row but the last begins with the one
+        token before it, the last, shorter one after as much of the text as fits."""
+        ids, step = [self.tokenizer.eos_token_id, *ids], self.max_length
+        starts = range(1, len(ids), step)
+        begins = [max(0, min(i + step, len(ids)) - step - 1) for i in starts]
+        return [(ids[b:i], ids[i : i + step]) for b, i in zip(begins, starts, strict=True)]
 
     def generate_until(self, prompt: str, stops: list[str], most: int) -> str:
         """Greedy, up to the first of `stops`, which is left out."""
@@ -132,14 +134,15 @@ def harness_model(scorer: Scorer):
 
 def build_scorer(args) -> Scorer:
     """The model of a folder, in bfloat16 on CUDA."""
+    from distributed import choose_device
     from generate import for_decoding
     from hf import load_model, tokenizer_spec
     from hybrid_layers import resolve_kernels, use_kernels
     from tokenizer import load_tokenizer
 
-    device, amp = torch.device(args.device), nullcontext
+    device, amp = choose_device(args.device), nullcontext
     tokenizer = load_tokenizer(tokenizer_spec(args.model))
-    model = load_model(args.model, device=args.device, dtype=torch.float32)
+    model = load_model(args.model, device=device, dtype=torch.float32)
     if device.type == "cuda":
         kernels = resolve_kernels(model.config, "auto", device)
         print(use_kernels(model, kernels, device), file=sys.stderr)

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
 from kit import random_ids, tiny_model
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
 
 import evaluate as script
 from cache import LayerCache
@@ -320,11 +323,20 @@ def test_command(tmp_path, text_shards, pair, capsys):
         script.main([str(tmp_path / "nothing"), *argv[1:]])
     assert stop.value.code == 2
     assert "nothing: no config.json" in capsys.readouterr().err
+    other = tmp_path / "other"
+    shutil.copytree(tmp_path / "teacher", other)
+    words = Tokenizer(WordLevel({"<unk>": 0, "the": 1}, unk_token="<unk>"))
+    words.add_special_tokens(["<|endoftext|>"])
+    words.save(str(other / "tokenizer.json"))
     for wrong, name in (
         (["--teacher", str(tmp_path / "nowhere")], "nowhere"),
         (["--out", str(tmp_path / "eval.md")], "--out"),
         (["--recall_tasks", "chess"], "--recall_tasks"),
         (["--branch", "window"], "--branch: window found, a model with hedgehog_window"),
+        (["--teacher", str(other)], "--teacher: tokenizer "),
+        (["--device", "abacus"], "--device: 'abacus' found"),
+        (["--device", "cuda:99"], "--device: cuda:99 found"),
+        (["--seq_len", "0"], "--seq_len: 0 found"),
     ):
         with pytest.raises(SystemExit) as stop:
             script.main([*argv, *wrong])

@@ -166,8 +166,9 @@ def test_chat_encodes_control_tokens_as_such(folder, monkeypatch):
 
 def test_command_refuses_in_one_line(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["generate.py"])
-    with pytest.raises(SystemExit) as stop:
-        script.main([str(tmp_path / "nowhere"), "hi", "--device", "cpu"])
-    err = capsys.readouterr().err
-    assert stop.value.code == 2
-    assert err.startswith("error: ") and err.count("\n") == 1 and "nowhere" in err
+    for device, says in (("cpu", "nowhere"), ("abacus", "--device")):
+        with pytest.raises(SystemExit) as stop:
+            script.main([str(tmp_path / "nowhere"), "hi", "--device", device])
+        err = capsys.readouterr().err
+        assert stop.value.code == 2
+        assert err.startswith("error: ") and err.count("\n") == 1 and says in err

@@ -72,7 +72,12 @@ def test_windows_take_every_token_once(model):
         pairs = s.windows(ids)
         assert [t for _, answer in pairs for t in answer] == ids
         assert pairs[0][0] == [256]
-        assert all(len(context) + len(answer) <= 17 for context, answer in pairs)
+        lengths = [len(context) + len(answer) for context, answer in pairs]
+        assert lengths == ([17] * len(pairs) if length > 16 else [length + 1])
+        whole, end = [256, *ids], 1
+        for context, answer in pairs:
+            end += len(answer)
+            assert context + answer == whole[end - len(context) - len(answer) : end]
 
 
 def test_generation_stops_before_the_stop(model):
