@@ -368,6 +368,17 @@ class StepGuard:
         self.in_row = (self.in_row + 1) * (1 - go)
         return go
 
+    def state_dict(self) -> dict[str, list[float | None]]:
+        """What decides about the next steps, for JSON; the host waits for the device."""
+        norms = [x if math.isfinite(x) else None for x in self.norms.tolist()]
+        counts = torch.stack([self.taken, self.skipped, self.in_row]).tolist()
+        return {"norms": norms if self.spike else [], "counts": counts}
+
+    def load_state_dict(self, state: dict[str, list[float | None]]) -> None:
+        for i, norm in enumerate(state["norms"]):
+            self.norms[i] = math.nan if norm is None else norm
+        self.taken, self.skipped, self.in_row = self.norms.new_tensor(state["counts"])
+
 
 # Learning-rate schedules
 

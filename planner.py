@@ -61,7 +61,7 @@ from room import (
 )
 from search import uniform_pattern
 from stage_plan import StagePlan, plan_stage
-from student import changed, narrow, set_trainable, shares_trunk
+from student import narrow, set_trainable, shares_trunk, to_save
 from tokenizer import load_tokenizer
 from trainer import compile_wanted, compute_dtype, open_data
 
@@ -145,8 +145,7 @@ def distillation_stages(
             student = planned_student(cfg, config, layers, dtype, fsdp)
         set_trainable(student, plan.stage, layers)
         stage = on_meta(plan, student, layers)
-        if not convert:
-            stage.objective.saved = changed(stage.objective, cfg)
+        stage.objective.saved = to_save(stage.objective, cfg, plan.name, student, convert)
         yield stage
 
 

@@ -226,9 +226,15 @@ def build_models(
     return teacher, source, student.train(), shared
 
 
-def changed(objective, cfg: DistillConfig) -> dict[str, torch.nn.Parameter]:
-    """What a checkpoint has to hold of a --student that was not converted in this run."""
-    return objective.params if adapters_alone(cfg) else objective.saved
+def to_save(
+    objective, cfg: DistillConfig, stage: str, student: Transformer, convert: bool
+) -> dict[str, torch.nn.Parameter]:
+    """What a checkpoint of a stage has to hold: what it and the stages before it train, adapters,
+    and the mixers unless they come with a --student that was not converted in this run."""
+    names = cfg.stage_names()
+    if any(getattr(cfg, name).train == "all" for name in names[: names.index(stage)]):
+        return dict(student.named_parameters())
+    return objective.params if adapters_alone(cfg) and not convert else objective.saved
 
 
 def narrow(model: Transformer, dtype: torch.dtype) -> None:

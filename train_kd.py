@@ -55,7 +55,7 @@ from prompts import IN_RUN, PROMPTS
 from recompute import set_recompute
 from search import FILE, choose_layers, pattern_table, read_choice, write_choice
 from stage_plan import plan_stage, set_length
-from student import build_models, calibrate, changed, preflight, run_identity, set_trainable
+from student import build_models, calibrate, preflight, run_identity, set_trainable, to_save
 from tokenizer import load_tokenizer
 from trainer import (
     Run,
@@ -258,8 +258,7 @@ def distil(cfg: DistillConfig, argv: list[str]) -> None:
             objective = AlignObjective(student, teacher, plan.stage, layers, world, keep=keep)
         else:
             objective = HeadObjective(student, guide, plan.stage, world, layers, first)
-            if not convert:
-                objective.saved = changed(objective, cfg)
+            objective.saved = to_save(objective, cfg, plan.name, student, convert)
         train_stage(
             run, plan, objective, train_data, student=student, teacher=teacher,
             evaluate=evaluate_and_sample,

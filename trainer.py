@@ -255,8 +255,9 @@ def stage_optimizer(plan: StagePlan, objective, world: World) -> OptimizerSet:
 
 
 def save_step(
-    run: Run, plan: StagePlan, step: int, objective, optimizer, loader, saver: Saver
-) -> None:
+    run: Run, plan: StagePlan, step: int, objective, optimizer, loader, guard: StepGuard,
+    saver: Saver,
+) -> None:  # fmt: skip
     """Write a checkpoint of the stage after `step` of its steps, or begin to."""
     if not run.cfg.save_model:
         return
@@ -266,6 +267,7 @@ def save_step(
     state = {
         "step": run.step, "stage": plan.name, "stage_step": step, "done": done,
         "identity": run.identity, "loader": loader.state_dict(), "rng": checkpoint.rng_state(),
+        "guard": guard.state_dict(),
     }  # fmt: skip
     saver.save(run.folder, run.step, tensors, state, keep=run.cfg.keep_checkpoints)
 
@@ -318,10 +320,13 @@ def train_stage(
         checkpoint.load_tensors(run.resumed_from, state, partial=True)
         optimizer.load_state_tensors(state)
         loader.load_state_dict(run.resumed["loader"])
+    if run.resumed:
         checkpoint.set_rng_state(run.resumed["rng"])
     timer = StepTimer(plan.steps, world.device, start_step=start)
     log = StepLog(run, plan, timer, flop_rates(run, plan, student, teacher))
     guard = StepGuard(cfg.skip_spikes, world.device)
+    if start and "guard" in run.resumed:
+        guard.load_state_dict(run.resumed["guard"])
     saver = Saver(world, cfg.async_save and cfg.save_model)
     run.protect, run.pace = saver.protect, Pace(world, run.logger.say)
     profiler = open_profiler(run) if cfg.profile else nullcontext()
@@ -359,7 +364,7 @@ def train_stage(
                     run.watch(run.step, "saving")
                     finish_it = last or number or not saver.background
                     with timer.paused() if finish_it else nullcontext():
-                        save_step(run, plan, step + 1, objective, optimizer, loader, saver)
+                        save_step(run, plan, step + 1, objective, optimizer, loader, guard, saver)
                         if finish_it:
                             saver.wait()
                 if number:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 
 import pytest
@@ -372,6 +373,19 @@ def test_spikes_are_told_from_the_norms_of_steps_taken():
     assert guard.in_row == 3 * StepGuard.WINDOW + 1
     assert go(3.9) and guard.in_row == 0
     assert all(go(1.01**i) for i in range(500))  # what grows slowly is followed, to 143 here
+
+
+def test_a_guard_goes_on_where_it_was():
+    norms = torch.rand(90, generator=torch.Generator().manual_seed(0)) + 1
+    norms[::7], norms[40:43] = 9.0, math.nan  # refused
+    whole, first = (StepGuard(4.0, torch.device("cpu")) for _ in range(2))
+    expected = [whole(n).item() for n in norms]
+    assert [first(n).item() for n in norms[:43]] == expected[:43]
+    rest = StepGuard(4.0, torch.device("cpu"))
+    rest.load_state_dict(json.loads(json.dumps(first.state_dict())))
+    assert rest.in_row == first.in_row == 3
+    assert [rest(n).item() for n in norms[43:]] == expected[43:]
+    assert rest.skipped == whole.skipped > 10
 
 
 @pytest.mark.parametrize("kind", ["adamw", "bfloat16", "muon"])

@@ -270,6 +270,26 @@ def test_kill_and_resume_is_bitwise(script, tiny_teacher, tiny_data, tmp_path):
     assert all(torch.equal(a[n], b[n]) for n in a)
 
 
+@pytest.mark.parametrize("train", ["lora", "mixers"])
+def test_what_an_earlier_stage_trained_outlives_a_later_one(
+    train, tiny_teacher, tiny_data, tmp_path
+):
+    """distill trains all, long only some: from any checkpoint the run goes on bit for bit."""
+    more = ["--stages=align,distill,long", "--distill_train=all", f"--long_train={train}"]
+    more += ["--long_seq_len=32", "--long_batch_tokens=64", "--max_steps=3", "--save_every=2"]
+    more += ["--keep_checkpoints=99", *["--lora_dropout=0.1"] * (train == "lora")]
+    flags = lambda run: kd_flags(tiny_teacher, tiny_data, tmp_path, run, *more)  # noqa: E731
+    call_script("train_kd", *flags("whole"))
+    a, expected = weights(tmp_path / "whole" / "model"), metric_rows(tmp_path / "whole")
+    for step in (6, 8, 9):  # distill's last, one of long, long's last
+        at, run = tmp_path / "whole" / "checkpoints" / f"step-{step}", f"from{step}"
+        call_script("train_kd", *flags(run), f"--resume={at}")
+        if step < 9:
+            assert metric_rows(tmp_path / run) == {s: x for s, x in expected.items() if s > step}
+        b = weights(tmp_path / run / "model")
+        assert all(torch.equal(a[n], b[n]) for n in a)
+
+
 def relative(a: dict, b: dict) -> float:
     assert a.keys() == b.keys()
     return max(abs(a[k] - b[k]) / abs(a[k]) for k in a)
