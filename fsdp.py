@@ -152,8 +152,9 @@ def reshard(model: nn.Module) -> None:
 def average_whole_gradients(params: Iterable[nn.Parameter], world: World) -> None:
     """The mean over ranks of gradients of what each has whole; FSDP2 has taken the others'."""
     whole = [p for p in params if not is_sharded(p) and p.grad is not None]
-    torch._foreach_div_([p.grad for p in whole], world.size)
-    sum_gradients(whole, world)
+    if whole:
+        torch._foreach_div_([p.grad for p in whole], world.size)
+        sum_gradients(whole, world)
 
 
 @torch.no_grad()

@@ -7,6 +7,7 @@ What their contents mean is in hf.py. Check: `pytest tests/test_hf.py`.
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -95,6 +96,14 @@ def opened(path: Path) -> Iterator[safe_open]:
         raise UserError(f"{path}: not a whole safetensors file ({e})") from None
 
 
+def settle(path: Path) -> None:
+    """Onto the disk, and readable for whom new files are; safetensors writes them with 0600."""
+    os.umask(mask := os.umask(0o077))
+    os.chmod(path, 0o666 & ~mask)
+    with open(path, "rb") as file:
+        os.fsync(file.fileno())
+
+
 def write_weights(tensors: Iterable[tuple[str, Tensor]], folder: Path) -> None:
     """One safetensors file, or shards of at most SHARD_BYTES with an index."""
     files: list[list[str]] = []  # the keys of each
@@ -104,6 +113,7 @@ def write_weights(tensors: Iterable[tuple[str, Tensor]], folder: Path) -> None:
     def flush() -> None:
         path = folder / f"model-{len(files) + 1:05d}.safetensors"
         save_file(shard, path, metadata={"format": "pt"})
+        settle(path)
         files.append(list(shard))
         shard.clear()
 

@@ -182,6 +182,12 @@ def prefers_cudnn() -> bool:
 
 
 @torch.compiler.assume_constant_result
+def before_ampere() -> bool:
+    """Whether this GPU is too old for the flash kernels, and for bfloat16 in hardware."""
+    return torch.cuda.get_device_capability() < (8, 0)
+
+
+@torch.compiler.assume_constant_result
 def varlen_takes(parameter: str) -> bool:
     """Whether varlen_attn has this parameter."""
     return parameter in _probe()[1]
@@ -201,7 +207,7 @@ def attention_kernel(device: torch.device, dtype: torch.dtype, *, packed: bool, 
         return "sdpa"
     if device.type == "cpu" and not compiled:
         return "segments"
-    if device.type == "cuda" and dtype in (torch.bfloat16, torch.float16):
+    if device.type == "cuda" and dtype in (torch.bfloat16, torch.float16) and not before_ampere():
         if prefers_cudnn():
             return "cudnn"
         return "flash" if has_flash_attn() else "varlen"

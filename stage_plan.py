@@ -107,9 +107,12 @@ def plan_stage(
         limit = max(1, limit // stage.seq_len)
         micro = max(m for m in range(1, per_rank + 1) if per_rank % m == 0 and m <= limit)
     if rows % (world.size * micro):
+        flag = f"--{name}_batch_tokens"
+        if name == "pretrain":
+            flag = "--accumulation_steps" if cfg.accumulation_steps else "--batch_size"
         raise UserError(
-            f"--{name}_batch_tokens: {rows} rows of {stage.seq_len} tokens a step do not divide by "
-            f"{world.size} ranks x {micro} rows per micro-batch"
+            f"{flag}: {rows} rows of {stage.seq_len} tokens a step found, a multiple of "
+            f"{world.size} ranks x {micro} rows of a micro-batch expected"
         )
     steps = stage.steps(cfg.max_steps)
     return StagePlan(name, stage, steps, rows, micro, cfg.seed + 1009 * index)

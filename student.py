@@ -139,6 +139,7 @@ def preflight(cfg: DistillConfig) -> tuple[list[int], str, ModelConfig, bool]:
             raise UserError(
                 f"--trunk_dtype: bfloat16 found, but {name} uses Muon; float32 expected"
             )
+    check_feature_maps(cfg, source, layers)
     check_lora(cfg)
     if cfg.plan:  # needs neither a tokenizer nor a folder of its own
         return layers, cfg.tokenizer, source, convert
@@ -159,6 +160,28 @@ def preflight(cfg: DistillConfig) -> tuple[list[int], str, ModelConfig, bool]:
             )
     check_run_folder(cfg)
     return layers, spec, source, convert
+
+
+def check_feature_maps(cfg: DistillConfig, config: ModelConfig, layers: list[int]) -> None:
+    """UserError where a stage that trains layers by themselves is to train feature maps, and a
+    converted layer has none."""
+    names = {"align", "block"}.intersection(cfg.stage_names())
+    names = [n for n in sorted(names) if getattr(cfg, n).train == "feature_maps"]
+    if not names:
+        return
+    with torch.device("meta"):
+        model = Transformer(config)
+    for i in layers:
+        linear = config.layer_types[i] == "linear_attention"
+        if not any(is_feature_map(name) for name, _ in model.layers[i].named_parameters()):
+            raise UserError(
+                f"--{names[0]}_train: feature_maps found, but "
+                f"{config.mixer_name(i) if linear else 'sliding_window'} of layer {i} has none"
+            )
+
+
+def is_feature_map(name: str) -> bool:
+    return bool(FEATURE_PARTS & set(name.split(".")))
 
 
 def check_aligned(cfg, found: ModelConfig, wanted: ModelConfig, layers: list[int]) -> None:
@@ -307,7 +330,7 @@ def set_trainable(student: Transformer, stage: StageConfig, layers: list[int]) -
     )
     parts = {
         "all": lambda name: True, "mixers": lambda name: name in mixers, "lora": is_lora,
-        "feature_maps": lambda name: name in mixers and bool(FEATURE_PARTS & set(name.split("."))),
+        "feature_maps": lambda name: name in mixers and is_feature_map(name),
     }  # fmt: skip
     for name, p in student.named_parameters():
         p.requires_grad_(parts[stage.train](name) and not idle & set(name.split(".")))

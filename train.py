@@ -1,7 +1,8 @@
 """Pretrain a transformer from scratch (softmax, or hybrid with --layers).
 
 python train.py --config configs/smoke.yaml --torch_compile=False
-torchrun --nproc_per_node 8 train.py --config configs/gpt2-124m.yaml --data DATA --tokenizer T
+torchrun --nproc_per_node 8 train.py --config configs/gpt2-124m.yaml --accumulation_steps 16 \\
+    --data DATA --tokenizer T
 """
 
 from __future__ import annotations

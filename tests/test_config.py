@@ -169,7 +169,7 @@ def test_refusals(refused, script, argv, says):
         (["--layers=1", "--tokenizer=gpt2x"], "--tokenizer"),
         (["--layers=1", "--data=nowhere"], "--data"),
         (["--layers=1", "--kernel=fla"], "--kernel"),
-        (["--layers=1", "--align_micro_batch=3"], "do not divide"),
+        (["--layers=1", "--align_micro_batch=3"], "a multiple of 1 ranks x 3 rows"),
         (["--layers=1", "--accumulation_steps=3"], "--accumulation_steps"),
     ],
 )
@@ -263,3 +263,10 @@ def test_other_ranks_let_rank_zero_speak_first(monkeypatch, capsys):
 def test_impossible_models(change):
     with pytest.raises(UserError):
         ModelConfig(**change)
+
+
+def test_the_example_of_several_ranks_divides(refused):
+    """The command of train.py's docstring, on as many GPUs; without its flag it names that."""
+    argv = ["--config=configs/gpt2-124m.yaml", "--plan", "--plan_device=8xH100"]
+    call_script("train", *argv, "--accumulation_steps=16")
+    assert "--accumulation_steps: 64 rows" in refused("train", *argv)

@@ -133,8 +133,9 @@ def mixers_in_pieces(rank: int, ranks: int, rendezvous: str) -> None:
     dist.init_process_group("gloo", **how)
     world = World(rank, ranks, torch.device("cpu"))
     amp = lambda: torch.autocast("cpu", torch.bfloat16)  # noqa: E731
-    for name in [n for n in MIXERS if n != "sliding_window"]:
-        model = tiny_model("LF", dtype=torch.float32, mixer=[name])
+    for name in MIXERS:
+        kinds, how = ("SF", {}) if name == "sliding_window" else ("LF", {"mixer": [name]})
+        model = tiny_model(kinds, dtype=torch.float32, **how)
         found = []
         for cut in (False, True):
             if cut:
@@ -145,6 +146,7 @@ def mixers_in_pieces(rank: int, ranks: int, rendezvous: str) -> None:
             out.float().square().mean().backward()
             if cut:
                 average_whole_gradients(model.parameters(), world)
+                average_whole_gradients([p for p in model.parameters() if is_sharded(p)], world)
             grads = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
             whole = {n: g.full_tensor() if is_sharded(g) else g for n, g in grads.items()}
             found.append((out.detach().float(), {n: g.clone() for n, g in whole.items()}))

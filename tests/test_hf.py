@@ -391,3 +391,9 @@ def test_tied_model_with_a_stored_head(tmp_path):
     weights["lm_head.weight"] = copy.deepcopy(weights["model.embed_tokens.weight"])
     save_file(weights, tmp_path / "m/model.safetensors")
     assert torch.equal(logits(load_model(tmp_path / "m"), IDS), logits(model, IDS))
+
+
+def test_all_files_have_the_same_mode(tmp_path):
+    save_model(tiny_model("FL", dtype=torch.float32), tmp_path / "m", tokenizer_from="byte")
+    modes = {path.name: path.stat().st_mode for path in (tmp_path / "m").iterdir()}
+    assert len(modes) >= 2 and len(set(modes.values())) == 1, modes

@@ -187,6 +187,8 @@ def test_wrong_flags_are_refused(tiny_teacher, tiny_data, tmp_path, refused):
     dropout = ("--lora_dropout=0.1", "--activation_checkpointing=full")
     assert "--lora_dropout" in refused("train_kd", *flags, *LORA, *dropout)
     assert "feature_maps" in refused("train_kd", *flags, "--align_train=feature_maps")
+    mixed = ("--mixer=hedgehog_window,gla", "--align_train=feature_maps")
+    assert "gla of layer 2 has none" in refused("train_kd", *flags, *mixed)
 
 
 def test_attention_transfer_that_cannot_be_is_refused(tiny_teacher, tiny_data, tmp_path, refused):

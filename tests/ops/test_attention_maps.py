@@ -99,3 +99,15 @@ def test_zero_for_equal_maps_and_only_for_them():
 def test_packed_rows_are_cut_apart():
     x = torch.randn(1, 12, 3)
     assert split_rows(x, 4).equal(torch.stack([x[0, i : i + 3] for i in range(0, 12, 3)]))
+
+
+def test_equal_maps_in_bfloat16_have_no_loss():
+    generator = torch.Generator().manual_seed(0)
+    q, k = (4 * torch.randn(1, LENGTH, 2, KEY, generator=generator).bfloat16() for _ in range(2))
+
+    def same(begin, mask):
+        some = q[:, begin : begin + mask.shape[-2]].float()
+        return KEY**-0.5 * torch.einsum("bihd,bjhd->bhij", some, k[:, : mask.shape[-1]].float())
+
+    loss = map_cross_entropy(same, q, k, positions_of([0, LENGTH]))
+    assert abs(loss.item()) / (2 * LENGTH) < 1e-6
