@@ -78,7 +78,8 @@ def _slots(cls) -> dict[str, tuple]:
     return slots
 
 
-def _set_all(cfg, values: dict, origin: str) -> None:
+def _set_all(cfg, values: dict, origin: str) -> set[str]:
+    """Returns the flags that were set, by their names in `_slots`."""
     slots = _slots(type(cfg))
     for flag, text in values.items():
         flag = ALIASES.get(flag, flag)
@@ -92,6 +93,7 @@ def _set_all(cfg, values: dict, origin: str) -> None:
         group, f, annotation = slots[flag]
         target = getattr(cfg, group) if group else cfg
         setattr(target, f.name, _coerce(flag, text, annotation, f.metadata))
+    return {ALIASES.get(flag, flag) for flag in values}
 
 
 def read_yaml(path: str | Path) -> dict[str, str]:
@@ -119,9 +121,14 @@ def read_yaml(path: str | Path) -> dict[str, str]:
 def load_config(cls, flags: dict[str, str], preset: str | Path | None):
     """Defaults, then the YAML preset, then flags. Raises UserError on anything it cannot honour."""
     cfg = cls()
+    level = {}  # of a setting: 1 where the preset has it, 2 where a flag
     if preset:
-        _set_all(cfg, read_yaml(preset), f"{preset}: ")
-    _set_all(cfg, flags, "--")
+        level |= dict.fromkeys(_set_all(cfg, read_yaml(preset), f"{preset}: "), 1)
+    level |= dict.fromkeys(_set_all(cfg, flags, "--"), 2)
+    if cfg.wandb_enabled and cfg.tracker not in ("none", "wandb"):
+        raise UserError(
+            f"--wandb_enabled: found with --tracker {cfg.tracker}; one of them expected"
+        )
     if cfg.plan_device and not cfg.plan:
         raise UserError(f"--plan_device: {cfg.plan_device} found, --plan expected too")
     if isinstance(cfg, DistillConfig):
@@ -129,18 +136,26 @@ def load_config(cls, flags: dict[str, str], preset: str | Path | None):
             raise UserError("--keep_layers: not together with --layers, it is the complement")
         for name in STAGES:
             stage = getattr(cfg, name)
-            if cfg.context_len:
-                stage.seq_len = cfg.context_len
+            widely = {"context_len": "seq_len", "accumulation_steps": "micro_batch"}
             if name not in ("align", "block"):
-                stage.use_muon |= cfg.use_muon
-                stage.select_tokens = min(stage.select_tokens, cfg.select_tokens)
-            elif stage.select_tokens < 1:
+                widely |= {"use_muon": "use_muon", "select_tokens": "select_tokens"}
+            for broad, own in widely.items():  # a stage's own setting wins, but a flag over YAML
+                value = getattr(cfg, broad)
+                given = value or broad == "use_muon"  # of the others 0 is: not given
+                if given and level.get(broad, 0) > level.get(f"{name}_{own}", 0):
+                    setattr(stage, own, 0 if own == "micro_batch" else value)
+            if name in ("align", "block") and stage.select_tokens < 1:
                 raise UserError(
                     f"--{name}_select_tokens: {stage.select_tokens:g} found, 1 expected: {name} "
                     f"has a target for every token"
                 )
         for name in cfg.stage_names():
             getattr(cfg, name).rows_per_step(name)
+        odd = [n for n in ("step", "block", "resident") if level.get(f"cria_{n}")]
+        if odd and not cfg.cria:
+            raise UserError(f"--cria_{odd[0]}: found without --cria, the layers of a block")
+    elif cfg.layers and cfg.keep_layers:
+        raise UserError("--keep_layers: not together with --layers, it is the complement")
     elif cfg.reference and cfg.select_tokens == 1:
         raise UserError(f"--reference: {cfg.reference} found, --select_tokens below 1 expected too")
     elif cfg.select_tokens < 1 and not cfg.reference:

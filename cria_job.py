@@ -139,6 +139,16 @@ def refuse(cfg: DistillConfig) -> None:
                 f"--block_{flag}: {getattr(cfg.block, flag)} found, align's "
                 f"{getattr(cfg.align, flag)} expected: both see the rows that were saved"
             )
+    if cfg.resume not in ("never", "auto"):
+        raise UserError(
+            f"--resume: {cfg.resume} found, none expected with --cria, which goes on where --run is"
+        )
+    if cfg.trunk_dtype != "float32" and "block" in names and cfg.block.train == "all":
+        raise UserError(
+            f"--trunk_dtype: {cfg.trunk_dtype} found, float32 expected with --block_train all"
+        )
+    if cfg.share_trunk != "auto":
+        raise UserError(f"--share_trunk: {cfg.share_trunk} found, auto expected with --cria")
     if model_type(cfg.teacher) in HYBRIDS:
         raise UserError(
             f"--teacher: a {model_type(cfg.teacher)} found, softmax layers or a model of ours "

@@ -193,14 +193,17 @@ def stage_flops(
     teacher: ModelConfig | None,
     seq_len: int,
     train: str = "all",
+    shared: int = 0,
 ) -> StageFlops:
-    """FLOPs that a token of this stage needs; recomputation is not counted.
+    """FLOPs that a token of this stage needs; recomputation is not counted, and of `shared`, the
+    leading blocks that teacher and student have in common, one forward is.
 
     With F = forward_flops and, for one layer, P_in, P_o, P_mlp its weights (the taps of short
     convolutions are in P_o) and C the forward FLOPs of its attention or recurrence:
 
-    pretrain       3 F(student): a backward is twice its forward (input and weight gradients).
-    distill, long  the same + F(teacher), where there is a teacher.
+    pretrain, distill, long
+                   3 F(student): a backward is twice its forward (input and weight gradients);
+                   + F(teacher), where there is one (of pretrain: --reference).
       train=mixers F(student) + F(teacher) + the backward down to the first converted layer c:
                    2 d vocab (through the head) + for every layer i >= c: 2 P_mlp + 2 P_o + 2 C
                    + 2 P_in if i > c (input gradients) + 2 (P_in + P_o) if i is converted (weight
@@ -236,8 +239,10 @@ def stage_flops(
             backward += 2 * mlp + 2 * out + 2 * core
             backward += 2 * inner if i > first else 0
             backward += 2 * (inner + out) if train == "mixers" and i in converted else 0
-    guided = teacher is not None and stage != "pretrain"
-    return StageFlops(forward_flops(teacher, seq_len) if guided else 0.0, forward, backward)
+    if teacher is None:
+        return StageFlops(0.0, forward, backward)
+    forward -= _first_blocks(student, shared, seq_len)
+    return StageFlops(forward_flops(teacher, seq_len), forward, backward)
 
 
 def flops_per_token(
@@ -247,8 +252,17 @@ def flops_per_token(
     seq_len: int,
     train: str = "all",
 ) -> float:
-    """All of `stage_flops`, for "useful TFLOP/s"."""
+    """All of `stage_flops`."""
     return sum(stage_flops(stage, student, teacher, seq_len, train))
+
+
+def _first_blocks(config: ModelConfig, count: int, seq_len: int) -> float:
+    """Forward FLOPs of a token in the first blocks."""
+    total = count * 2 * 3 * config.hidden_size * config.intermediate_size
+    for i in range(count):
+        inner, out, core = _layer(config, i, seq_len)
+        total += 2 * inner + 2 * out + core
+    return total
 
 
 def uses_teacher(stage: str, settings: StageConfig) -> bool:
@@ -259,11 +273,8 @@ def uses_teacher(stage: str, settings: StageConfig) -> bool:
 def _align_flops(
     student: ModelConfig, teacher: ModelConfig, converted: list[int], seq_len: int
 ) -> StageFlops:
-    mlp = 3 * teacher.hidden_size * teacher.intermediate_size
-    guide = converted[-1] * 2 * mlp
-    for i in range(converted[-1] + 1):
-        inner, out, core = _layer(teacher, i, seq_len)
-        guide += 2 * inner + 2 * out + core
+    guide = _first_blocks(teacher, converted[-1] + 1, seq_len)
+    guide -= 2 * 3 * teacher.hidden_size * teacher.intermediate_size  # the last one's MLP
     forward = backward = 0.0
     for i in converted:
         inner, out, core = _layer(student, i, seq_len)

@@ -218,8 +218,6 @@ class MetricsLogger:
     Args:
         resume_step: the first step that will be run (again). Rows of it and of later steps are
             removed, so that no step appears twice. None appends.
-        resume_stage: for stages that each count from step 0: the stage of resume_step. Everything
-            logged from that point on goes, later stages included; earlier stages stay.
         tracker: wandb, tensorboard (files in `<run_dir>/tensorboard`) or none.
         project, run_name, config: for wandb.
     """
@@ -234,7 +232,6 @@ class MetricsLogger:
         run_name: str | None = None,
         config: dict | None = None,
         resume_step: int | None = None,
-        resume_stage: str | None = None,
     ):
         self.file = self.tracker = self.header_stage = None
         self.active = rank == 0
@@ -248,7 +245,7 @@ class MetricsLogger:
         elif tracker == "tensorboard":
             self.tracker = TensorBoard(run_dir / "tensorboard", resume_step)
         path = run_dir / "metrics.jsonl"
-        _trim_rows(path, resume_step, resume_stage)
+        trim_rows(path, resume_step)
         self.file = open(path, "a", encoding="utf-8")  # noqa: SIM115 (closed in close)
 
     def log(self, step: int, stage: str, metrics: dict) -> None:
@@ -319,25 +316,18 @@ def _or_null(value):
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _trim_rows(path: Path, resume_step: int | None, resume_stage: str | None) -> None:
+def trim_rows(path: Path, resume_step: int | None) -> None:
     """Drops the rows that a resumed run will write again, and a last line cut off by a crash."""
     if not path.exists():
         return
-    kept, seen_stage = [], False
+    kept = []
     for line in path.read_text(encoding="utf-8").splitlines():
         try:
-            row = json.loads(line)
-            step, stage = row["step"], row["stage"]
+            step = json.loads(line)["step"]
         except (ValueError, KeyError, TypeError):
             continue
-        if resume_step is not None:
-            in_stage = resume_stage in (None, stage)
-            if resume_stage is not None and (seen_stage and not in_stage):
-                break  # a later stage than the one resumed
-            seen_stage = seen_stage or in_stage
-            if in_stage and step >= resume_step:
-                continue
-        kept.append(line + "\n")
+        if resume_step is None or step < resume_step:
+            kept.append(line + "\n")
     partial = path.with_name(path.name + ".tmp")
     partial.write_text("".join(kept), encoding="utf-8")
     partial.replace(path)

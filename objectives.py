@@ -117,6 +117,7 @@ class HeadObjective:
         self.world = world
         mixers = mixer_parameters(student, layers)
         self.mixers = mixers.keys()
+        self.first = first
         self.params = {n: p for n, p in student.named_parameters() if p.requires_grad}
         self.saved = self.params | mixers | lora_parameters(student)
         loss = HeadLoss(student, teacher, stage, first, unit_grad=world.size == 1)
@@ -164,6 +165,8 @@ class AlignObjective:
     keep: hold the teacher's inputs and outputs of every row in bfloat16, for stages that see the
     same rows several times (`unique_tokens`) where the teacher is what costs.
     """
+
+    first = 0  # as HeadObjective's
 
     def __init__(
         self,
@@ -272,6 +275,8 @@ class AlignObjective:
 class BlockObjective:
     """Consecutive layers of the student against the teacher's, both from the teacher's input to the
     first one: the distance of the residual streams behind the last (`losses.align_loss`)."""
+
+    first = 0
 
     def __init__(self, student: Transformer, teacher: Transformer, layers: list[int]):
         self.student, self.teacher = student, teacher

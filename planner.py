@@ -24,7 +24,6 @@ from flops import (
     MEMORY_SEEN,
     PEAK_FLOPS,
     StageFlops,
-    forward_flops,
     peak_flops,
     peak_of_name,
     stage_flops,
@@ -157,15 +156,13 @@ def total_flops(plan: StagePlan, work: StageFlops) -> float:
 
 
 def stage_budget(
-    cfg: TrainConfig, stage: Stage, teacher: ModelConfig | None, known: bool
+    cfg: TrainConfig, stage: Stage, teacher: ModelConfig | None, known: bool, shared: int = 0
 ) -> StageBudget:
-    """Work and saves; teacher: also --reference of train.py."""
+    """Work and saves; teacher: also --reference of train.py; shared: as `stage_flops`."""
     plan, s = stage.plan, stage.plan.stage
     kind = plan.name if isinstance(cfg, DistillConfig) else "pretrain"
     guide = teacher if uses_teacher(kind, s) else None
-    work = stage_flops(kind, stage.student.config, guide, s.seq_len, s.train)
-    if kind == "pretrain" and guide is not None:
-        work = work._replace(teacher=forward_flops(guide, s.seq_len))
+    work = stage_flops(kind, stage.student.config, guide, s.seq_len, s.train, shared)
     total = total_flops(plan, work)
     trained = sum(p.numel() for p in stage.objective.params.values())
     count = 1
@@ -213,7 +210,7 @@ def distillation(
     base["teacher"] = held(guide.named_parameters(), m.shards)
     for stage in distillation_stages(cfg, plans, layers, config, convert, m.dtype, fsdp):
         student = stage.student
-        budget.stages.append(stage_budget(cfg, stage, teacher, budget.known))
+        budget.stages.append(stage_budget(cfg, stage, teacher, budget.known, first))
         if not full:
             continue
         own = dict(student.named_parameters())
@@ -284,7 +281,8 @@ def pretraining(
     if m.shards > 1:
         budget.moments["loading"] = whole
         base["gathered blocks"] = gathered_bytes(m, [model])
-    evaluation = evaluation_memory(cfg, m, model, None, plan.stage.seq_len, 0)
+    seq_len = cfg.eval_seq_len or plan.stage.seq_len
+    evaluation = evaluation_memory(cfg, m, model, None, seq_len, 0)
     budget.moments["evaluation"] = base | evaluation
     budget.stages[0].memory = base | stage_memory(cfg, m, stage, None)
     return budget

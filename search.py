@@ -45,6 +45,7 @@ from losses import ce_head, kd_head
 from mixture import Mixture
 from model import Transformer
 from recall import Question, questions
+from shard_writer import write_file
 
 FILE = "layer_scores.json"
 GROUPS = 4  # of held-out rows and questions, to tell a score's noise
@@ -340,9 +341,7 @@ def choose_layers(
 
 def write_choice(folder: Path, found: dict) -> None:
     """layer_scores.json of a run."""
-    tmp = folder / f"{FILE}.tmp"
-    tmp.write_text(json.dumps(found, indent=1) + "\n")
-    tmp.replace(folder / FILE)
+    write_file(folder / FILE, f"{json.dumps(found, indent=1)}\n".encode())
 
 
 def read_choice(folder: Path) -> dict:

@@ -13,11 +13,11 @@ import torch
 from config import DIVERGED, Stopped
 from distributed import all_sum
 from flops import (
-    flops_per_token,
     matmul_params,
     mfu,
     model_flops_per_token,
     peak_flops,
+    stage_flops,
     uses_teacher,
 )
 from metrics import StepTimer, memory_gib
@@ -64,6 +64,15 @@ class StepLog:
         if not self.late:
             self.flush()
 
+    def _needed(self, begin: int, end: int) -> float:
+        """FLOPs of a token of the stage's steps begin to end: the teacher's only in the first pass
+        over tokens whose targets are kept."""
+        stage, work, share = self.plan.stage, self.rates["useful"], 1.0
+        if stage.unique_tokens:
+            new = stage.unique_tokens / stage.batch_tokens - begin
+            share = min(max(new, 0), end - begin) / (end - begin)
+        return share * work.teacher + work.forward + work.backward
+
     def flush(self) -> None:
         """Write what was taken; the only place of a step where the host waits for the device."""
         if self.pending is None:
@@ -77,11 +86,13 @@ class StepLog:
             self.base = done, now
         row = {**dict(zip(names, sums.tolist(), strict=True)), "lr": lr}
         self._check(step, row)
+        begin = self.plan.steps - self.timer.remaining_steps
         row |= self.timer.read(mark, now)
         rate = row.get("tok/s")
         if rate:
+            needed = self._needed(begin, self.plan.steps - self.timer.remaining_steps)
             row["mfu"] = mfu(rate, self.rates["model"], run.world.size, self.rates["peak"])
-            row["useful_tflops"] = rate * self.rates["useful"] / run.world.size / 1e12
+            row["useful_tflops"] = rate * needed / run.world.size / 1e12
         row["mem"] = memory_gib(run.world.device)
         run.logger.log(step, self.plan.name, row | known)
 
@@ -105,15 +116,16 @@ class StepLog:
             del row["skipped"]
 
 
-def flop_rates(run: Run, plan: StagePlan, student: Transformer, teacher) -> dict:
-    """FLOPs per token by PaLM's formula and as really needed, and the device's peak."""
+def flop_rates(run: Run, plan: StagePlan, student: Transformer, teacher, shared: int) -> dict:
+    """FLOPs per token by PaLM's formula and as really needed, and the device's peak; shared: as
+    `flops.stage_flops`."""
     seq = plan.stage.seq_len
     config = student.config
     guided = teacher and uses_teacher(plan.name, plan.stage)
     return {
         "model": model_flops_per_token(config, seq, num_matmul_params=matmul_params(config)),
-        "useful": flops_per_token(
-            plan.name, config, teacher.config if guided else None, seq, plan.stage.train,
+        "useful": stage_flops(
+            plan.name, config, teacher.config if guided else None, seq, plan.stage.train, shared
         ),
         "peak": peak_flops(run.world.device, run.dtype, run.cfg.peak_flops),
     }  # fmt: skip

@@ -48,14 +48,20 @@ def mixer_shape(cfg: DistillConfig) -> dict:
 
 
 def check_align_loss(cfg: DistillConfig, student: ModelConfig, teacher: ModelConfig) -> None:
-    """UserError for weights of the align loss that these layers cannot be compared by."""
+    """UserError for settings of losses that a stage does not have, and for weights of the align
+    loss that these layers cannot be compared by."""
     names = ("hidden_weight", "heads_weight", "maps_weight")
+    heads = ("loss", "temperature", "kd_weight", "ce_weight", "top_k")
+    others = {
+        "align": (heads, "distill and long"), "block": ((*heads, *names, "unique_tokens"), "others")
+    }  # fmt: skip
     for stage in cfg.stage_names():
         found, plain = getattr(cfg, stage), StageConfig()
-        odd = [n for n in names if getattr(found, n) != getattr(plain, n)]
-        if stage != "align" and odd:
-            value = getattr(found, odd[0])
-            raise UserError(f"--{stage}_{odd[0]}: {value:g} found, which is for the stage align")
+        taken, whose = others.get(stage, ((*names, "unique_tokens"), "the stage align"))
+        odd = [n for n in taken if getattr(found, n) != getattr(plain, n)]
+        if odd:
+            value = str(getattr(found, odd[0])).removesuffix(".0")
+            raise UserError(f"--{stage}_{odd[0]}: {value} found, which is for {whose}")
     if "align" not in cfg.stage_names():
         return
     stage, mixers = cfg.align, [mixer_class(name) for name in student.mixer]

@@ -141,9 +141,10 @@ def pretrain(cfg: PretrainConfig, argv: list[str]) -> None:
     data, train_data, val_data = main_first(world, lambda: open_data(cfg, tokenizer, build=True))
     train_data.attach = retokenizer
     seq_len = cfg.context_len or 512
+    eval_len = cfg.eval_seq_len or seq_len
     held_out = eval_batches(
-        val_data, seq_len=seq_len, max_tokens=cfg.eval_tokens, doc_mask=cfg.doc_mask,
-        micro_batch=eval_rows(seq_len, world.device),
+        val_data, seq_len=eval_len, max_tokens=cfg.eval_tokens, doc_mask=cfg.doc_mask,
+        micro_batch=eval_rows(eval_len, world.device),
     )  # fmt: skip
 
     model = Transformer(config)

@@ -47,6 +47,7 @@ from hybrid_layers import (
 from layer_lists import auto_share
 from layers import attention_kernel
 from lora import add_lora, lora_parameters, merge_lora, wants_lora
+from metrics import trim_rows
 from mixture import rows_line
 from model import Transformer, is_fsdp
 from objectives import AlignObjective, HeadObjective
@@ -54,6 +55,7 @@ from ops.float8_linear import float8_copy, supports_float8
 from prompts import IN_RUN, PROMPTS
 from recompute import set_recompute
 from search import FILE, choose_layers, pattern_table, read_choice, write_choice
+from shard_writer import write_file
 from stage_plan import plan_stage, set_length
 from student import build_models, calibrate, preflight, run_identity, set_trainable, to_save
 from tokenizer import load_tokenizer
@@ -76,8 +78,12 @@ class Table:
     def __init__(self, run: Run):
         self.run, self.path = run, run.folder / "table.json"
         self.rows: list[dict] = []
-        if run.resumed_from is not None and self.path.is_file():
-            self.rows = json.loads(self.path.read_text())
+        if run.resumed_from is None or not self.path.is_file():
+            return
+        try:
+            self.rows = [row for row in json.loads(self.path.read_text()) if row["model"]]
+        except (ValueError, KeyError, TypeError):
+            run.logger.say(f"{self.path}: no rows found; those of earlier stages are missing")
 
     def has(self, name: str) -> bool:
         return any(row["model"] == name for row in self.rows)
@@ -92,7 +98,7 @@ class Table:
         }  # fmt: skip
         self.rows = [r for r in self.rows if r["model"] != name] + [row]
         if self.run.world.is_main:
-            self.path.write_text(json.dumps(self.rows, indent=1) + "\n")
+            write_file(self.path, f"{json.dumps(self.rows, indent=1)}\n".encode())
 
 
 class Samples:
@@ -101,6 +107,9 @@ class Samples:
     def __init__(self, run: Run, teacher: Transformer, tokenizer):
         self.run, self.teacher, self.tokenizer = run, teacher, tokenizer
         self.theirs: list[str] = []
+        self.path = run.folder / "samples.jsonl"
+        if run.world.is_main and run.resumed_from is not None:
+            trim_rows(self.path, run.step + 1)
 
     def write(self, student: Transformer) -> list[dict[str, str]]:
         """prompt, teacher, student for each prompt; nothing on ranks other than 0."""
@@ -113,7 +122,7 @@ class Samples:
         rows = [{"prompt": p, "teacher": t, "student": s} for p, t, s in texts]
         if not main:
             return []
-        with open(self.run.folder / "samples.jsonl", "a") as f:
+        with open(self.path, "a") as f:
             f.write(json.dumps({"step": self.run.step, "samples": rows}) + "\n")
         return rows
 

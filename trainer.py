@@ -324,7 +324,7 @@ def train_stage(
     if run.resumed:
         checkpoint.set_rng_state(run.resumed["rng"])
     timer = StepTimer(plan.steps, world.device, start_step=start)
-    log = StepLog(run, plan, timer, flop_rates(run, plan, student, teacher))
+    log = StepLog(run, plan, timer, flop_rates(run, plan, student, teacher, objective.first))
     guard = StepGuard(cfg.skip_spikes, world.device)
     if start and "guard" in run.resumed:
         guard.load_state_dict(run.resumed["guard"])

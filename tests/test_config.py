@@ -117,6 +117,18 @@ def test_select_tokens_is_of_distill_and_long():
     assert PretrainConfig(select_tokens=0.5).stage(80).select_tokens == 0.5
 
 
+def test_a_stages_own_setting_wins_and_a_flag_over_a_preset(tmp_path):
+    preset = tmp_path / "p.yaml"
+    preset.write_text("distill: {seq_len: 64, micro_batch: 4, use_muon: true}\ncontext_len: 256\n")
+    flags = {"context_len": "512", "long_seq_len": "2048", "accumulation_steps": "2"}
+    cfg = cli.load_config(DistillConfig, flags | {"use_muon": "false"}, preset)
+    assert [s.seq_len for s in (cfg.align, cfg.distill, cfg.long)] == [512, 512, 2048]
+    assert cfg.distill.micro_batch == 0 and not cfg.distill.use_muon
+    cfg = cli.load_config(DistillConfig, {}, preset)
+    assert [s.seq_len for s in (cfg.align, cfg.distill)] == [256, 64]
+    assert cfg.distill.micro_batch == 4 and cfg.distill.use_muon
+
+
 REFUSALS = [
     ("train_kd", ["--layer=3"], "did you mean --layers"),
     ("train_kd", ["--lr=1"], "--align_lr and --distill_lr"),
@@ -150,6 +162,9 @@ REFUSALS = [
     ("train", ["--reference=x", "--select_tokens=0.5"], "--reference: no folder x"),
     ("train_kd", ["--align_select_tokens=0.5"], "align has a target for every token"),
     ("train_kd", ["--reference=x"], "unknown"),
+    ("train", ["--layers=1", "--keep_layers=2"], "complement"),
+    ("train", ["--wandb_enabled", "--tracker=tensorboard"], "one of them expected"),
+    ("train_kd", ["--cria_step=collect", "--run=x"], "--cria_step: found without --cria"),
 ]
 
 
@@ -171,6 +186,9 @@ def test_refusals(refused, script, argv, says):
         (["--layers=1", "--kernel=fla"], "--kernel"),
         (["--layers=1", "--align_micro_batch=3"], "a multiple of 1 ranks x 3 rows"),
         (["--layers=1", "--accumulation_steps=3"], "--accumulation_steps"),
+        (["--layers=1", "--align_loss=js"], "--align_loss: js found, which is for distill"),
+        (["--layers=1", "--distill_unique_tokens=64"], "which is for the stage align"),
+        (["--layers=1", "--long_maps_weight=1", "--stages=long"], "for the stage align"),
     ],
 )
 def test_refusals_with_a_teacher(refused, tiny_teacher, tiny_data, tmp_path, argv, says):

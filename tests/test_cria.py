@@ -103,7 +103,8 @@ def test_what_is_saved_is_the_residual_stream_before_the_norm(flags, tiny_teache
 
 def joint_and_blocks(flags, size, *more) -> tuple[dict, dict]:
     only = ("--stages=align", "--align_tokens=640", *more)
-    call_script("train_kd", *flags("joint", *only))
+    joint = [flag for flag in only if not flag.startswith("--cria")]
+    call_script("train_kd", *flags("joint", *joint))
     call_script("train_kd", *flags("blocks", *only, f"--cria={size}"))
     out = next(f for f in flags("x") if f.startswith("--save_model_dir="))
     out = Path(out.partition("=")[2])
@@ -317,6 +318,13 @@ REFUSED = {
     "--cria_block: found without": ("--cria_block=1",),
     "--cria_block: 2 found, 0 to 1": ("--cria_block=2", "--cria_step=train"),
     "--save_model: False": ("--save_model=False",),
+    "--resume: x found": ("--resume=x",),
+    "--share_trunk: false found": ("--share_trunk=false",),
+    "--trunk_dtype: bfloat16 found": (
+        "--trunk_dtype=bfloat16",
+        "--stages=align,block",
+        "--block_train=all",
+    ),
     "--cria_step shard makes it": ("--cria_step=collect",),
     "no layer of --layers": ("--layers=0", "--cria_step=train", "--cria_block=1"),
 }

@@ -177,6 +177,17 @@ def test_flops_per_token_is_what_torch_counts(stage, train, with_teacher):
     assert counter.get_total_flops() == pytest.approx(B * T * expected, rel=1e-12)
 
 
+def test_blocks_that_both_share_are_counted_once():
+    torch.manual_seed(0)
+    model = StandIn(STUDENT)
+    found = [flops.stage_flops("distill", STUDENT, TEACHER, T, "mixers", n).forward for n in (0, 1)]
+    with FlopCounterMode(display=False) as counter:
+        x = model.embed(torch.randint(SHAPE["vocab_size"], (B, T)))
+        x = x + model.mixers[0](x)
+        model.mlp(0, x)
+    assert counter.get_total_flops() == pytest.approx(B * T * (found[0] - found[1]), rel=1e-12)
+
+
 def test_matmul_params_are_those_of_the_modules():
     model = StandIn(STUDENT)
     matrices = sum(p.numel() for p in model.parameters() if p.ndim == 2)  # the taps have three

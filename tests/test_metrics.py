@@ -177,18 +177,6 @@ def test_resume_leaves_no_duplicate_steps(tmp_path):
     assert keys(tmp_path) == [("pretrain", s) for s in range(1, 9)]
 
 
-def test_resume_within_stages_that_each_count_from_zero(tmp_path):
-    log_steps(tmp_path, "align", range(4))
-    log_steps(tmp_path, "distill", range(3))
-    before = (tmp_path / "metrics.jsonl").read_text()
-    log_steps(tmp_path, "distill", [1, 2], resume_step=1, resume_stage="distill")
-    assert (tmp_path / "metrics.jsonl").read_text() == before
-    log_steps(tmp_path, "align", [2, 3], resume_step=2, resume_stage="align")
-    assert keys(tmp_path) == [("align", s) for s in range(4)]
-    log_steps(tmp_path, "distill", [0], resume_step=0, resume_stage="distill")
-    assert keys(tmp_path) == [*(("align", s) for s in range(4)), ("distill", 0)]
-
-
 def test_env_file(tmp_path):
     path = tmp_path / ".env"
     path.write_text(

@@ -123,6 +123,20 @@ def test_long_stage_and_evaluations_on_the_way(tiny_teacher, tiny_data, tmp_path
     assert [row["step"] for row in rows] == [2, 4, 8, 10, 12]
 
 
+def test_a_table_that_is_not_whole_stops_no_resume(tiny_teacher, tiny_data, tmp_path, capsys):
+    flags = kd_flags(tiny_teacher, tiny_data, tmp_path, "a", "--max_steps=2", "--resume=auto")
+    call_script("train_kd", *flags)
+    table, samples = (tmp_path / "a" / name for name in ("table.json", "samples.jsonl"))
+    expected, rows = json.loads(table.read_text()), samples.read_text()
+    table.write_text("")
+    samples.write_text(rows + '{"step": 99, "samples": []}\n')
+    capsys.readouterr()
+    call_script("train_kd", *flags)
+    assert "table.json: no rows found" in capsys.readouterr().out
+    assert json.loads(table.read_text()) == [expected[0], expected[-1]]
+    assert '"step": 99' not in samples.read_text()
+
+
 def test_repeated_rows_are_a_setting_of_a_stage(tiny_teacher, tiny_data, tmp_path):
     first = {}
     for name, more in (("a", []), ("b", ["--distill_repeat_rows=1"])):

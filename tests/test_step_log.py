@@ -15,9 +15,10 @@ from conftest import metric_rows
 import step_log
 from config import DIVERGED, Stopped
 from distributed import World
+from flops import StageFlops
 from metrics import MetricsLogger, StepTimer
 
-RATES = {"model": 1e3, "useful": 2e3, "peak": 1e9}
+RATES = {"model": 1e3, "useful": StageFlops(1e3, 3e2, 7e2), "peak": 1e9}
 
 
 class Event:
@@ -53,7 +54,8 @@ def log(tmp_path, monkeypatch):
     timer = StepTimer(10, clock=lambda: now.seconds)
     run.world = World(0, 1, torch.device("cuda"))
     monkeypatch.setattr(step_log, "memory_gib", lambda device: 1.0)
-    log = step_log.StepLog(run, SimpleNamespace(name="align"), timer, RATES)
+    stage = SimpleNamespace(unique_tokens=0, batch_tokens=100)
+    log = step_log.StepLog(run, SimpleNamespace(name="align", steps=10, stage=stage), timer, RATES)
     log.now = now
     return log
 
@@ -94,6 +96,23 @@ def test_steps_in_between_count(log):
     launch(log, 1.0)
     log.flush()
     assert metric_rows(log.run.folder, "tok/s") == {1: 100.0}
+
+
+def test_a_teacher_is_counted_while_it_runs(log):
+    """150 tokens, whose targets are kept, in steps of 100: it runs for the first and half the
+    second."""
+    log.plan.stage.unique_tokens = 150
+    log.now.seconds = 1.0
+    for _ in range(3):
+        log.now.seconds += 1.0
+        launch(log, 1.0)
+        log.flush()
+    log.timer.step(100)
+    launch(log, 1.0)
+    log.flush()
+    rows = metric_rows(log.run.folder, "useful_tflops"), metric_rows(log.run.folder, "tok/s")
+    each = [1e12 * rows[0][s] / rows[1][s] for s in (1, 2, 3, 4)]
+    assert each == pytest.approx([2e3, 1.5e3, 1e3, 1e3])
 
 
 def test_without_cuda_at_once(log):
