@@ -52,6 +52,8 @@ class Batch:
     num_valid: int  # labels that are not -100
     sample_ids: list[int]  # the R row numbers
     row_valid: list[int] = field(default_factory=list)  # num_valid, row by row
+    row_text: list[int] = field(default_factory=list)  # input tokens that are not padding, likewise
+    text: torch.Tensor | None = None  # bool, as input_ids: no padding; None: there is none
     retokenized: Retokenized | None = None  # see retokenize.py
     hidden: torch.Tensor | None = None  # [.., d], where a block's input was saved: see cria.py
 
@@ -117,6 +119,11 @@ def repeat_spans(tokens: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     return tokens
 
 
+def text_mask(lengths: np.ndarray, seq_len: int) -> torch.Tensor:
+    """bool [R, T]: the first lengths[r] tokens of row r."""
+    return torch.from_numpy(np.arange(seq_len) < lengths[:, None])
+
+
 def pack_rows(
     dataset, rows, seq_len: int, doc_mask: bool, repeat: float = 0.0, seed: int = 0
 ) -> Batch:
@@ -130,6 +137,7 @@ def pack(source: Rows, rows, doc_mask: bool, repeat: float = 0.0, seed: int = 0)
     count, seq_len = len(rows), source.seq_len
     tokens = np.empty((count, seq_len + 1), dtype=np.int64)
     labels = np.empty((count, seq_len), dtype=np.int64)
+    lengths = np.empty(count, dtype=np.int64)  # without padding
     starts = [np.arange(count) * seq_len]  # where a document or row starts, in 0 .. N - 1
     for r, row in enumerate(rows):
         ends, used = source.read(int(row), tokens[r])
@@ -142,6 +150,7 @@ def pack(source: Rows, rows, doc_mask: bool, repeat: float = 0.0, seed: int = 0)
         labels[r] = tokens[r, 1:]
         labels[r, ends - 1] = IGNORE
         labels[r, used:] = IGNORE  # padding, a document of its own
+        lengths[r] = used
         starts.append(r * seq_len + ends[ends < seq_len])
     valid = (labels != IGNORE).sum(1)
     if doc_mask:
@@ -161,6 +170,8 @@ def pack(source: Rows, rows, doc_mask: bool, repeat: float = 0.0, seed: int = 0)
         num_valid=int(valid.sum()),
         sample_ids=[int(row) for row in rows],
         row_valid=valid.tolist(),
+        row_text=lengths.tolist(),
+        text=None if lengths.min() == seq_len else text_mask(lengths, seq_len).view(shape),
     )
 
 

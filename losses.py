@@ -102,13 +102,16 @@ def align_loss(
     return total / (normalizer or 1)
 
 
-def heads_loss(student: Tensor, teacher: Tensor, *, normalizer: float) -> Tensor:
+def heads_loss(
+    student: Tensor, teacher: Tensor, mask: Tensor | None = None, *, normalizer: float | Tensor
+) -> Tensor:
     """Sum over tokens of the mean squared difference of their channels, over normalizer; 0-d.
 
-    student, teacher [..., H * D]: the heads' outputs before o_proj. Gradients go to the student
-    only. In float32 at least. LoLCATs (arXiv 2410.10254) takes 1000 times its mean over tokens.
+    student, teacher [..., H * D]: the heads' outputs before o_proj. mask [...]: true where a token
+    counts. Gradients go to the student only. In float32 at least. LoLCATs (arXiv 2410.10254) takes
+    1000 times its mean over tokens.
     """
-    diff, _ = _difference(student, teacher, None)
+    diff, _ = _difference(student, teacher, mask)
     return diff.square().sum() / (student.shape[-1] * normalizer)
 
 

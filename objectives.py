@@ -114,7 +114,7 @@ class HeadObjective:
 
     def __init__(self, student: Transformer, teacher: Transformer | None, stage: StageConfig,
                  world: World, layers: list[int], first: int = 0):  # fmt: skip
-        self.world = world
+        self.world, self.stage = world, stage
         mixers = mixer_parameters(student, layers)
         self.mixers = mixers.keys()
         self.first = first
@@ -126,6 +126,10 @@ class HeadObjective:
         self.names = ("ce",)
         if teacher is not None and stage.kd_weight:
             self.names = ("kl", "ce") if stage.ce_weight else ("kl",)
+
+    def tokens(self, batch: Batch) -> int:
+        """How many tokens of a batch are in the loss."""
+        return num_selected(batch.row_valid, self.stage.select_tokens)
 
     def backward(
         self, batches: list[Batch], count: Tensor, alone_until: Callable[[], None] = lambda: None
@@ -185,16 +189,20 @@ class AlignObjective:
         self.mixers = self.params.keys()
         self.held: dict[int, dict[int, tuple[Tensor, ...]]] | None = {} if keep else None
 
+    @staticmethod
+    def tokens(batch: Batch) -> int:
+        """How many tokens of a batch have a loss: all but padding."""
+        return sum(batch.row_text)
+
     def backward(
         self, batches: list[Batch], count: Tensor, alone_until: Callable[[], None] = lambda: None
     ) -> dict[str, Tensor]:
-        """As HeadObjective.backward; `count` is not used: every token has a target."""
-        tokens = self.world.size * len(batches) * batches[0].input_ids.numel()
+        """As HeadObjective.backward."""
         sharded = is_fsdp(self.student)
         sums: dict[str, Tensor] = {}
         for batch in batches:
             for i, normed, target, seq in no_grad_iter(self._taps(batch)):
-                loss = self._loss(i, normed, target, seq, tokens)
+                loss = self._loss(i, normed, target, seq, count, batch.text)
                 (loss * self.world.size if sharded else loss).backward()
                 name = f"layer_{self.student.first_layer + i}"
                 sums[name] = sums.get(name, 0) + loss.detach()
@@ -206,8 +214,11 @@ class AlignObjective:
         sums["loss"] = sum(sums.values()) / len(self.layers)
         return sums
 
-    def _loss(self, i: int, normed: Tensor, target, seq: SeqInfo, tokens: int) -> Tensor:
-        """A layer's share of the mean over `tokens`. target: the output, or (output, heads)."""
+    def _loss(
+        self, i: int, normed: Tensor, target, seq: SeqInfo, count: Tensor, text: Tensor | None
+    ) -> Tensor:
+        """A layer's share of the mean over `count` tokens. target: the output, or (output, heads).
+        text: of a Batch."""
         stage, block = self.stage, self.student.layers[i]
         how = {"heads": self.heads}
         sharded = is_fsdp(self.student)
@@ -220,17 +231,18 @@ class AlignObjective:
         target, heads = target if self.heads else (target, None)
         parts = []
         if stage.hidden_weight:
-            parts.append(stage.hidden_weight * align_loss(out, target, normalizer=tokens))
+            parts.append(stage.hidden_weight * align_loss(out, target, text, normalizer=count))
         if stage.heads_weight:
-            parts.append(stage.heads_weight * heads_loss(mixed, heads, normalizer=tokens))
+            parts.append(stage.heads_weight * heads_loss(mixed, heads, text, normalizer=count))
         if stage.maps_weight:
             theirs = self.teacher.layers[i].self_attn
             with torch.no_grad():
                 q, k, _ = theirs.rotated(normed, seq)
             q, k, positions = (split_rows(x, seq.rows) for x in (q, k, seq.positions))
             mine = block.attention.log_maps(normed, seq)
-            loss = map_cross_entropy(mine, q, k, positions, window=theirs.window)
-            parts.append(stage.maps_weight / (tokens * q.shape[2]) * loss)
+            text = None if text is None else text.view(q.shape[:2])
+            loss = map_cross_entropy(mine, q, k, positions, window=theirs.window, text=text)
+            parts.append(stage.maps_weight / (count * q.shape[2]) * loss)
         return sum(parts)
 
     def _taps(self, batch: Batch) -> Iterator[tuple[int, Tensor, Tensor | tuple, SeqInfo]]:
@@ -285,16 +297,17 @@ class BlockObjective:
         self.params = {n: p for n, p in student.named_parameters() if p.requires_grad}
         self.saved = self.params | mixers | lora_parameters(student)
 
+    tokens = staticmethod(AlignObjective.tokens)
+
     def backward(
         self, batches: list[Batch], count: Tensor, alone_until: Callable[[], None] = lambda: None
     ) -> dict[str, Tensor]:
         """As AlignObjective.backward, of one rank."""
         total = torch.zeros_like(count)
-        tokens = len(batches) * batches[0].input_ids.numel()
         for batch in batches:
             with torch.no_grad():
                 target = self.teacher(**inputs(batch))
-            loss = align_loss(self.student(**inputs(batch)), target, normalizer=tokens)
+            loss = align_loss(self.student(**inputs(batch)), target, batch.text, normalizer=count)
             loss.backward()
             total += loss.detach()
         alone_until()

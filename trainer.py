@@ -38,7 +38,6 @@ from distributed import (
 )
 from hybrid_layers import MIXERS
 from layers import ShortConvolution, sdpa_priority
-from losses import num_selected
 from metrics import MetricsLogger, StepTimer, git_commit
 from mixture import Mixture, open_corpora
 from model import Transformer
@@ -416,7 +415,7 @@ def one_step(
     batches = loader.next_step()
     run.pace.loaded()
     run.watch(run.step + 1, "computing")
-    count = float(sum(num_selected(b.row_valid, stage.select_tokens) for b in batches))
+    count = float(sum(map(objective.tokens, batches)))
     count = torch.full((), count, device=world.device)  # a fill; torch.tensor would wait
     count = all_sum(count, world).clamp_(min=1)
     run.pace.together()

@@ -100,14 +100,14 @@ def block_steps(job: Job, from_disk: bool) -> float:
     job.data.attach = job.saved("inputs", b)
     loader = stage_loader(job.cfg, plan, job.data, job.world)
     loader = loader if from_disk else held(loader, plan.steps, device)
-    count = torch.ones((), device=device)
     amp = amp_context(device, job.dtype)
     for step in range(plan.steps):
         batches = loader.next_step()
         if from_disk:
             batches = [batch.to(device) for batch in batches]
         with amp(), sdpa_priority(device):
-            objective.backward(batches, count)
+            count = sum(map(objective.tokens, batches))
+            objective.backward(batches, torch.full((), float(count), device=device))
         for p in objective.params.values():
             p.grad = None
         if not step:

@@ -31,12 +31,13 @@ def split_rows(x: Tensor, rows: int) -> Tensor:
 
 def map_cross_entropy(
     log_weights: Callable[[int, Tensor], Tensor], q: Tensor, k: Tensor, positions: Tensor, *,
-    window: int = 0, chunk_weights: int = CHUNK_WEIGHTS,
+    window: int = 0, text: Tensor | None = None, chunk_weights: int = CHUNK_WEIGHTS,
 ) -> Tensor:  # fmt: skip
     """The loss above, in float32 at least; 0-d. The teacher is softmax attention with scale D^-0.5.
 
     q [B, T, H, D], k [B, T, G, D]: the teacher's, rotated; no gradient. positions [B, T]: of each
     token in its document; what came before it is not seen. window: of the teacher, 0 = full.
+    text [B, T]: true for the queries that count, None = all.
     log_weights(begin, mask [B, C, S]): the student's weights of queries begin .. begin + C on keys
     0 .. S, [B, H, C, S], up to a constant of each query; any value where not mask.
     """
@@ -53,6 +54,8 @@ def map_cross_entropy(
         mask = (time[:end] <= query) & (time[:end] >= start[:, begin:end, None])
         hidden = ~mask[:, None]
         unseen = hidden | (time[:end] <= query - window) if window else hidden
+        if text is not None:
+            unseen = unseen | ~text[:, None, begin:end, None]
         with torch.no_grad(), torch.autocast(q.device.type, enabled=False):
             scores = torch.einsum("bigrd,bjgd->bgrij", q[:, begin:end], k[:, :end]).flatten(1, 2)
             theirs = (scores * q.shape[-1] ** -0.5).masked_fill_(unseen, -torch.inf).log_softmax(-1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from data import TokenDataset, pack_rows
 from distributed import World
 from hybrid_layers import convert_layers
 from model import Transformer
-from objectives import AlignObjective, HeadObjective
+from objectives import AlignObjective, BlockObjective, HeadObjective
 from student import set_trainable
 
 ONE = World(0, 1, torch.device("cpu"))
@@ -56,7 +57,8 @@ def count(batches) -> torch.Tensor:
 def gradients(objective, batches) -> tuple[dict, dict]:
     for p in objective.params.values():
         p.grad = None
-    sums = objective.backward(batches, count(batches))
+    number = float(sum(map(objective.tokens, batches)))
+    sums = objective.backward(batches, torch.tensor(number, dtype=torch.float64))
     return sums, {n: p.grad.clone() for n, p in objective.params.items()}
 
 
@@ -160,6 +162,33 @@ def test_attention_transfer_losses(teacher, data, weights, doc_mask):
         parts |= {n: parts[n] + g for n, g in gradients(one, rows)[1].items()}
     for name, grad in grads.items():
         assert_close_rms(grad, parts[name], 1e-9, name)
+
+
+@pytest.mark.parametrize("doc_mask", [True, False], ids=["packed", "rows"])
+def test_padding_is_no_target(teacher, data, doc_mask):
+    """Gradients of the text and of the padding alone, each by its tokens, make those of all."""
+    stage = StageConfig(**WEIGHTS["sum"])
+    how = {"mixer": "hedgehog_window", "linear_window": 4}
+    student = convert_layers(teacher, LAYERS, **how).double()
+    set_trainable(student, stage, LAYERS)
+    whole = pack_rows(data, [0, 3], 40, doc_mask)
+    assert whole.text is None and whole.row_text == [40, 40]
+    mask = torch.arange(40) < torch.tensor([[30], [24]])
+    found = []
+    for text, lengths in ((None, [40, 40]), (mask, [30, 24]), (~mask, [10, 16])):
+        text = None if text is None else text.view(whole.input_ids.shape)
+        for objective in (
+            AlignObjective(student, teacher, stage, LAYERS, ONE),
+            BlockObjective(student, teacher, LAYERS),
+        ):
+            batch = dataclasses.replace(whole, text=text, row_text=lengths)
+            sums, grads = gradients(objective, [batch])
+            found.append(({"loss": sums["loss"]} | grads, sum(lengths)))
+    for all_, mine, rest in (found[::2], found[1::2]):
+        for name, x in all_[0].items():
+            parts = (mine[0][name] * mine[1] + rest[0][name] * rest[1]) / all_[1]
+            assert_close_rms(parts, x, 1e-9, name)
+        assert mine[0]["loss"] != rest[0]["loss"]
 
 
 def test_the_heads_are_those_before_o_proj(teacher, data):

@@ -126,6 +126,10 @@ def test_without_a_document_mask_the_labels_are_the_same(corpus):
     assert torch.equal(open_.input_ids.flatten(), kept.input_ids[0])
     assert torch.equal(open_.labels.flatten(), kept.labels[0])
     assert open_.row_valid == (open_.labels != IGNORE).sum(1).tolist()
+    assert torch.equal(open_.text.flatten(), kept.text[0])
+    assert open_.row_text == kept.row_text == open_.text.sum(1).tolist()
+    assert sum(open_.row_text) == dataset.num_tokens < open_.input_ids.numel()
+    assert (open_.input_ids[~open_.text] == EOS).all()
 
 
 @pytest.mark.parametrize("kinds", ["FF", "LS"])
