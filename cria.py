@@ -33,7 +33,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from config import DistillConfig, UserError
-from cria_files import Background, RowWriter, is_finished, read_tensor_file, write_tensor_file
+from cria_files import (
+    Background,
+    RowWriter,
+    check_size,
+    is_finished,
+    read_tensor_file,
+    sealed,
+    write_tensor_file,
+)
 from cria_job import Cria, Job, later_stages, load_block, name_of, prepare, say
 from data import PackedLoader
 from distributed import all_have_done, compile_blocks
@@ -52,6 +60,7 @@ from lora import add_lora, merge_lora, wants_lora
 from model import Transformer
 from objectives import AlignObjective, BlockObjective
 from recompute import set_recompute
+from shard_writer import write_file
 from student import calibrate, calibration_loader, mixer_shape, set_trainable
 from trainer import (
     amp_context,
@@ -334,11 +343,18 @@ def train_block(job: Job, b: int) -> None:
 
 
 def stitch(job: Job) -> None:
-    """The blocks as one student, of which a block at a time is in memory."""
+    """The blocks as one student, of which a block at a time is in memory; nothing where it is made
+    of these files already."""
     for b in job.trained:
         if not is_finished(job.result(b)):
             raise UserError(f"{job.result(b)}.json: no such file; block {b} is not trained yet")
-    folder = job.folder / "student"
+    folder, mark = job.folder / "student", job.folder / "student.json"
+    files = [job.weights(b) for b in ("outer", *range(len(job.blocks)))]
+    files += [job.result(b) for b in job.trained]
+    made_of = sealed({f"{f.parent.name}/{f.name}": check_size(f)["xxh3_64"] for f in files})
+    if folder.is_dir() and mark.is_file() and mark.read_bytes() == made_of:
+        return say(f"stitch: the student is in {folder} already")
+    mark.unlink(missing_ok=True)
     with torch.device("meta"):
         wanted = list(dict(Transformer(job.student).named_parameters()))
     kind = stock_type(job.student) or "retort"
@@ -362,4 +378,5 @@ def stitch(job: Job) -> None:
             if not torch.equal(tensor, trained[our_name(key)]):
                 raise RuntimeError(f"{folder}: {key} is not what block {b} has")
         assert len(found) == len(trained), (len(found), len(trained))
+    write_file(mark, made_of)
     say(f"stitch: student of {len(job.trained)} distilled blocks in {folder} as {kind}")

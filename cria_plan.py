@@ -76,18 +76,27 @@ def cria_budget(cfg: DistillConfig, full: bool = True) -> Budget:
     folder = run_folder(cfg, "") / "cria"
     left = [b for b in trained if not (cfg.run and is_finished(result_of(folder, b)))]
     budget.disk = disk(cfg, budget, student, layers, blocks, trained, rows, len(left))
-    budget.there = sum(p.stat().st_size for p in folder.rglob("*.safetensors")) if cfg.run else 0
+    if cfg.run:
+        needless = () if left else ("inputs", "calibration")
+        budget.there = sum(
+            p.stat().st_size for p in folder.rglob("*.safetensors")
+            if p.relative_to(folder).parts[0] not in needless
+        )  # fmt: skip
     budget.notes.append(
         f"collect, align, block: {len(trained)} blocks of {cfg.cria} layers, steps and FLOPs of a "
         f"token those of one; hours those of all, collect on one GPU, the others on {m.world.size}"
     )
     later = later_stages(cfg)
     if later:
-        rest = dataclasses.replace(cfg, cria=0, stages=",".join(later), student=str(folder))
+        rest = dataclasses.replace(
+            cfg, cria=0, stages=",".join(later), student=str(folder),
+            resume="auto" if cfg.run else "never",
+        )  # fmt: skip
         after = distillation(rest, layers, student, False, full)
         budget.stages += after.stages
         budget.moments |= after.moments
         budget.disk += [(f"{name} (after the blocks)", size) for name, size in after.disk]
+        budget.there += after.there
     return budget
 
 

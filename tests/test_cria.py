@@ -207,6 +207,25 @@ def test_step_by_step_in_any_number_of_processes(flags, tmp_path, capsys):
         assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
 
 
+def test_a_student_is_stitched_once(flags, tmp_path, capsys):
+    """A run that is taken up in distill does not write it again, unless a block is another one."""
+    more = ("--cria=2", "--stages=align", "--align_tokens=320")
+    call_script("train_kd", *flags("a", *more))
+    student = tmp_path / "a" / "cria" / "student"
+    before = student.stat().st_ino
+    call_script("train_kd", *flags("a", *more))
+    assert "already" in capsys.readouterr().out and student.stat().st_ino == before
+    shutil.rmtree(tmp_path / "a" / "cria" / "blocks" / "block-001")
+    call_script("train_kd", *flags("a", *more))
+    assert "already" in capsys.readouterr().out  # trained again, to the same bytes
+    block = tmp_path / "a" / "cria" / "blocks" / "block-001" / "trained"
+    tensors = {n: 2 * t for n, t in cria_files.read_tensor_file(block).items()}
+    cria_files.write_tensor_file(block, tensors)
+    call_script("train_kd", *flags("a", *more))
+    assert "stitch: student of 2" in capsys.readouterr().out
+    assert all(weights(student)[n].equal(t) for n, t in tensors.items())
+
+
 class Killed(BaseException):
     """What no handler takes, as a process that is gone."""
 
@@ -284,6 +303,8 @@ def test_damage_is_named(flags, tmp_path, refused, monkeypatch):
                 shutil.copytree(tmp_path / "good", run)
                 if step == "train":
                     shutil.rmtree(run / "cria" / "blocks")
+                else:
+                    (run / "cria" / "student.json").unlink()
                 file = (run / "cria" / name).with_suffix(".safetensors")
                 if harm == "listing":
                     file = file.with_suffix(".json")

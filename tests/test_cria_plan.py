@@ -107,6 +107,8 @@ def test_inputs_may_go_when_all_blocks_are_done(flags, tmp_path, monkeypatch):  
     call_script("train_kd", *found)
     inputs = tmp_path / "a" / "cria" / "inputs"
     size = sum(p.stat().st_size for p in inputs.rglob("*.safetensors"))
+    budget = budget_of(found)
+    assert sum(n for _, n in budget.disk) - budget.there > -size / 2  # they make no room
     shutil.rmtree(inputs)
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10, 9, size // 2))
