@@ -171,7 +171,12 @@ class StageConfig(Recipe):
     tokens: int = opt(1_000_000, "training tokens of the stage", low=1)
     seq_len: int = opt(512, "tokens per row", low=8)
     batch_tokens: int = opt(49_152, "tokens per optimizer step over all ranks", low=8)
-    micro_batch: int = opt(0, "rows per micro-batch and rank; 0 = up to 32768 tokens", low=0)
+    micro_batch: int = opt(
+        0,
+        "rows per micro-batch and rank; 0 = 32768 tokens, in train_kd.py on CUDA what "
+        "fits, 131072 at most",
+        low=0,
+    )
     mixer_lr: float = opt(0.0, "peak learning rate of the mixers; 0 = lr", low=0.0)
     unique_tokens: int = opt(
         0, "align: cycle through so many tokens, keeping the teacher's outputs; 0 = off", low=0
@@ -295,16 +300,27 @@ class TrainConfig:
                     "shares of the rows: data/web:0.7,data/code:0.3")  # fmt: skip
     packing: str = opt("concatenate", "rows of training text: documents cut anywhere, or whole "
                        "ones by best fit", choices=("concatenate", "best_fit"))  # fmt: skip
-    tokenizer: str = opt("", "byte, a tiktoken name, or a tokenizer.json; empty = see docs/data.md")
+    tokenizer: str = opt(
+        "",
+        "byte, a tiktoken name, or a tokenizer.json; empty = byte (train.py), "
+        "the teacher's (train_kd.py)",
+    )
     context_len: int = opt(0, "tokens per row; 0 = 512 (train.py), each stage's own (train_kd.py)",
                            low=0)  # fmt: skip
     select_tokens: float = opt(1.0, "share of a row's tokens in the loss, those where it exceeds "
                                "the teacher's or --reference's most; 1 = all (train_kd.py: in "
                                "distill and long)", low=0.01, high=1.0)  # fmt: skip
     doc_mask: bool = opt(True, "documents packed in a row do not see each other")
-    epochs: float = opt(0.0, "passes over the data; 0 = by steps or tokens", low=0.0)
+    epochs: float = opt(
+        0.0,
+        "passes over the data; 0 = by --max_steps, else 1 (train.py), by each stage's "
+        "tokens (train_kd.py)",
+        low=0.0,
+    )
     max_steps: int = opt(0, "optimizer steps at most, of each stage; 0 = no cap", low=0)
-    accumulation_steps: int = opt(0, "micro-batches per step over all ranks; 0 = as needed", low=0)
+    accumulation_steps: int = opt(
+        0, "micro-batches per step over all ranks; 0 = 8 (train.py), as needed (train_kd.py)", low=0
+    )
     seed: int = opt(0, "seed of weights and data order", low=0)
     device: str = opt("auto", "where to compute", choices=("auto", "cpu", "cuda", "mps"))
     dtype: str = opt("auto", "compute type; auto = bfloat16 where the hardware has it",
