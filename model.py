@@ -283,7 +283,7 @@ class Transformer(nn.Module):
         yield last, normed, block.attention(normed, seq, None, heads), seq
 
     def new_cache(self, capacity: int = 0, *, static: bool = False) -> Cache:
-        """An empty cache for generation; see `layers.Cache`."""
+        """An empty cache for generation; see `cache.Cache`."""
         return Cache(len(self.layers), capacity, static)
 
     def num_params(self) -> int:

@@ -193,7 +193,7 @@ class LinearMixer(nn.Module, ABC):
 
     @torch.no_grad()
     def from_attention(self, attention: nn.Module, parts: Transfer | None = None) -> None:
-        """Take over q, k, v, o of a softmax `model.Attention` with the same query heads and head
+        """Take over q, k, v, o of a softmax `layers.Attention` with the same query heads and head
         size. KV heads are expanded head by head, q/k-norm weights folded into projection rows
         (a mixer that `keeps_norms` takes them over itself); the rest is `init_transfer`, but for
         what `parts` leaves out. What needs data is `calibrate`'s."""
