@@ -1,7 +1,7 @@
 """What a run needs on the disk, and whether it is there.
 
 Checkpoints come and go: the most at once is what counts. A run that goes on needs what is still to
-be written. Check: `pytest tests/test_planner.py`.
+be written. Check: `pytest tests/test_room.py`.
 """
 
 from __future__ import annotations

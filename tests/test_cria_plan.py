@@ -117,6 +117,18 @@ def test_inputs_may_go_when_all_blocks_are_done(flags, tmp_path, monkeypatch):  
     assert not inputs.exists()
 
 
+def test_checkpoints_of_what_comes_after_are_there_already(flags, tmp_path):  # noqa: F811
+    found = flags("a", "--cria=2", "--stages=align,distill", "--align_tokens=320", "--max_steps=2")
+    call_script("train_kd", *found)
+    saved, folder = tmp_path / "a" / "checkpoints", tmp_path / "a" / "cria"
+    kept = sum(p.stat().st_size for p in saved.rglob("*") if p.is_file())
+    blocks = sum(
+        p.stat().st_size for p in folder.rglob("*.safetensors")
+        if p.relative_to(folder).parts[0] not in ("inputs", "calibration")
+    )  # fmt: skip
+    assert kept and budget_of(found).there == blocks + kept
+
+
 def test_a_disk_without_room_is_refused(flags, tmp_path, refused, monkeypatch):  # noqa: F811
     import shutil
     from collections import namedtuple
