@@ -167,7 +167,7 @@ def main() -> None:
             "": what, "plain, tok/s": f"{count / base:,.0f}",
             "with files, tok/s": f"{count / ours:,.0f}", "share": f"{base / ours:.3f}",
         })  # fmt: skip
-    info = argparse.Namespace(**vars(args), device=str(job.world.device))
+    info = argparse.Namespace(**vars(args), device=job.world.device.type)
     print(about(info, "cria") | {"bytes": size, "dtype": str(job.dtype)})
     console_table("tokens per second, median of the turns", rows)
 
