@@ -37,8 +37,8 @@ def progress(cria) -> int:
 
 @pytest.mark.slow
 def test_killed_until_done(tiny_teacher, tiny_data, tmp_path):
-    """kill -9 at random moments of shard, collect and train; the same command goes on, to the bytes
-    of a run that was left alone."""
+    """kill -9 at random moments of shard, collect and train, and as stitch begins; the same command
+    goes on, to the bytes of a run that was left alone."""
     long = ("--align_tokens=25600", "--block_tokens=25600", "--save_every=40")
     make = lambda run: flags_of(tiny_teacher, tiny_data, tmp_path, run, *STEPS, *long)  # noqa: E731
     call_script("train_kd", *make("whole"))
@@ -46,9 +46,10 @@ def test_killed_until_done(tiny_teacher, tiny_data, tmp_path):
     most = progress(whole)
     assert most > 1600  # 2 blocks of 2 stages of 400 steps
     early, late = random.sample(range(1, 12), 2), random.sample(range(most - 100), 4)
-    for enough in sorted(early) + sorted(late):
+    moments = [lambda n=n: progress(cut) >= n for n in sorted(early) + sorted(late)]
+    for reached in (*moments, (cut / "blocks" / "block-001" / "trained.safetensors").is_file):
         with running("train_kd", *make("cut")) as process:
-            while progress(cut) < enough:
+            while not reached():
                 with pytest.raises(subprocess.TimeoutExpired):  # it goes on, and its pipes are read
                     process.communicate(timeout=0.002)
             os.killpg(process.pid, signal.SIGKILL)
