@@ -24,6 +24,7 @@ import fcntl
 import os
 import shutil
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
@@ -57,6 +58,7 @@ from hybrid_layers import (
 )
 from layers import sdpa_priority
 from lora import add_lora, merge_lora, wants_lora
+from metrics import memory_gib
 from model import Transformer
 from objectives import AlignObjective, BlockObjective
 from recompute import set_recompute
@@ -174,7 +176,8 @@ def collect_group(
     input of each block to distil, that of the next group among them."""
     last = job.trained[-1]
     saved = [b for b in job.trained if (b > group[0] or b == 0) and b <= min(group[-1] + 1, last)]
-    writers = {b: RowWriter(job.inputs(kind, b), len(order)) for b in saved}
+    background, copies = Background(), Copies(job.world.device)
+    writers = {b: RowWriter(job.inputs(kind, b), len(order), background.put) for b in saved}
     begin = min((w.done for w in writers.values()), default=len(order))
     if begin == len(order):
         return
@@ -192,7 +195,7 @@ def collect_group(
         f"{len(order):,}")  # fmt: skip
     start = told = time.perf_counter()
     amp = amp_context(device, job.dtype)
-    with Background() as background, torch.no_grad(), amp(), sdpa_priority(device):
+    with background, torch.no_grad(), amp(), sdpa_priority(device):
         for at in range(begin, len(order), size):
             rows = order[at : at + size]
             batch = loader.batch_of(rows)
@@ -206,29 +209,43 @@ def collect_group(
                 h = where.pop("hidden")
             for b in range(group[0], max(saved) + 1):
                 if b in writers:
-                    background.put(save_call(writers[b], at, rows, h))
+                    host, ready = copies.take(h.reshape(len(rows), -1, h.shape[-1]))
+                    writers[b].add(at, rows, host, ready)
                 if b in models:
                     h = models[b](hidden=h, **where)
+            copies.bound()
             if time.perf_counter() - told > 10:
                 told = time.perf_counter()
                 say(rate_line(at + size - begin, len(order) - begin, loader, told - start))
-    say(rate_line(len(order) - begin, len(order) - begin, loader, time.perf_counter() - start))
+    line = rate_line(len(order) - begin, len(order) - begin, loader, time.perf_counter() - start)
+    say(f"{line}, at most {memory_gib(device):.2f} GiB")
 
 
-def save_call(writer: RowWriter, at: int, rows: list[int], h: Tensor) -> Callable[[], None]:
-    """What writes h [1, R T, d] or [R, T, d]; it is on its way to the host when this returns."""
-    host = h.reshape(len(rows), -1, h.shape[-1]).to("cpu", non_blocking=True)
-    copied = None
-    if h.is_cuda:
-        copied = torch.cuda.Event()
-        copied.record()
+class Copies:
+    """Copies to the host, on a stream of their own: blocks go on computing meanwhile."""
 
-    def call() -> None:
-        if copied is not None:
-            copied.synchronize()
-        writer.add(at, rows, host)
+    def __init__(self, device: torch.device):
+        self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self.ends: deque[torch.cuda.Event] = deque()
 
-    return call
+    def take(self, h: Tensor) -> tuple[Tensor, Callable[[], None] | None]:
+        """(h on the host, what waits until it is there). h must not be written to any more."""
+        if self.stream is None:
+            return h, None
+        self.stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self.stream):
+            host = h.to("cpu", non_blocking=True)  # page-locked
+            h.record_stream(self.stream)
+            copied = self.stream.record_event()
+        return host, copied.synchronize
+
+    def bound(self) -> None:
+        """Once per micro-batch: wait for the one before the last, so that neither the GPU's memory
+        nor the host's fills with what is on its way."""
+        if self.stream is not None:
+            self.ends.append(self.stream.record_event())
+            if len(self.ends) > 2:
+                self.ends.popleft().synchronize()
 
 
 def rate_line(done: int, total: int, loader: PackedLoader, seconds: float) -> str:

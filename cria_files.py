@@ -14,10 +14,11 @@ from __future__ import annotations
 import json
 import math
 import os
-import queue
-import threading
+from collections import deque
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -30,10 +31,10 @@ from config import UserError
 from data import Batch
 from hf import DTYPES
 from shard_writer import write_file
-from tensor_files import Piece, file_entry, write_tensors
+from tensor_files import Piece, as_bytes, file_entry, write_tensors
 
-PART_BYTES = 256 << 20
-AHEAD = 8  # micro-batches that may wait to be written
+PART_BYTES = 64 << 20
+WRITERS = 8  # threads: what one hashes and writes is far below what a disk or a GPU does
 
 
 # ---- checksummed tensors
@@ -41,8 +42,12 @@ AHEAD = 8  # micro-batches that may wait to be written
 
 def write_tensor_file(path: Path, tensors: dict[str, Tensor], **about) -> None:
     """path.safetensors and its .json, whole or not at all. about: what else the .json tells."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     pieces = [Piece(name, [0] * t.dim(), t.detach()) for name, t in tensors.items()]
+    write_pieces(path, pieces, about)
+
+
+def write_pieces(path: Path, pieces: list[Piece], about: dict) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
     tmp, final = path.with_suffix(".tmp"), path.with_suffix(".safetensors")
     entry = write_tensors(tmp, pieces)
     path.with_suffix(".json").unlink(missing_ok=True)  # of an older file
@@ -112,19 +117,27 @@ def part_path(folder: Path, part: int) -> Path:
 
 class RowWriter:
     """Appends rows [T, d] to a folder; goes on behind the parts that are there. `add` what comes
-    at a position of the whole sequence: what is there already is left out."""
+    at a position of the whole sequence: what is there already is left out. put: what calls the
+    writing of a part, at once or later; parts may then be finished in any order, and one behind a
+    gap is written again."""
 
-    def __init__(self, folder: Path, total: int):
-        self.folder, self.total = folder, total
-        self.parts = self.done = 0  # on disk
+    def __init__(self, folder: Path, total: int, put: Callable[[Callable], None] = lambda f: f()):
+        self.folder, self.total, self.put = folder, total, put
+        self.parts = self.done = 0  # on disk, or on the way
         while part_path(folder, self.parts).with_suffix(".json").is_file():
             self.done += len(check_size(part_path(folder, self.parts))["rows"])
             self.parts += 1
+        for path in folder.glob("part-*.json"):
+            if path.stem > part_path(folder, self.parts).stem:
+                path.unlink()
         self.rows: list[int] = []
         self.held: list[Tensor] = []
 
-    def add(self, at: int, rows: list[int], hidden: Tensor) -> None:
-        """hidden [R, T, d] on the CPU, of the rows at positions at .. at + R."""
+    def add(
+        self, at: int, rows: list[int], hidden: Tensor, ready: Callable[[], None] | None = None
+    ) -> None:
+        """hidden [R, T, d] on the CPU, of the rows at positions at .. at + R; what is in it counts
+        when `ready` has returned."""
         skip = self.done + len(self.rows) - at
         assert skip >= 0, (at, self.done)
         if skip < len(rows):
@@ -132,45 +145,44 @@ class RowWriter:
             self.held.append(hidden[skip:])
         size = hidden[0].numel() * hidden.element_size() * len(self.rows)
         if self.rows and (size >= PART_BYTES or self.done + len(self.rows) == self.total):
-            self.flush()
+            path = part_path(self.folder, self.parts)
+            self.put(partial(write_rows, path, self.rows, self.held, ready))
+            self.parts, self.done = self.parts + 1, self.done + len(self.rows)
+            self.rows, self.held = [], []
 
-    def flush(self) -> None:
-        hidden = torch.cat(self.held)
-        write_tensor_file(part_path(self.folder, self.parts), {"hidden": hidden}, rows=self.rows,
-                          shape=list(hidden.shape[1:]), dtype=str(hidden.dtype)[6:])  # fmt: skip
-        self.parts, self.done = self.parts + 1, self.done + len(self.rows)
-        self.rows, self.held = [], []
+
+def write_rows(
+    path: Path, rows: list[int], held: list[Tensor], ready: Callable[[], None] | None
+) -> None:
+    """One part, of tensors [R, T, d] one after the other."""
+    if ready is not None:
+        ready()
+    shape, dtype = held[0].shape[1:], held[0].dtype
+    whole = torch.empty(len(rows), *shape, dtype=dtype, device="meta")
+    piece = Piece("hidden", [0, 0, 0], whole, [as_bytes(t) for t in held])
+    write_pieces(path, [piece], {"rows": rows, "shape": list(shape), "dtype": str(dtype)[6:]})
 
 
 class Background:
-    """Calls in a thread, in order, at most AHEAD of which wait; their error is raised by the next
-    `put`, or at the end."""
+    """Calls in threads, never more than there are threads; their error is raised by a later `put`,
+    or at the end."""
+
+    def __init__(self, threads: int = WRITERS):
+        self.threads, self.calls = threads, deque()
 
     def __enter__(self) -> Background:
-        self.queue: queue.Queue = queue.Queue(maxsize=AHEAD)
-        self.error: BaseException | None = None
-        self.thread = threading.Thread(target=self._run, daemon=True)
-        self.thread.start()
+        self.pool = ThreadPoolExecutor(self.threads)
         return self
 
     def put(self, call: Callable[[], None]) -> None:
-        if self.error is not None:
-            raise self.error
-        self.queue.put(call)
-
-    def _run(self) -> None:
-        while (call := self.queue.get()) is not None:
-            if self.error is None:
-                try:
-                    call()
-                except BaseException as error:  # carried over to `put`, which raises it
-                    self.error = error
+        while self.calls and (len(self.calls) >= self.threads or self.calls[0].done()):
+            self.calls.popleft().result()
+        self.calls.append(self.pool.submit(call))
 
     def __exit__(self, kind, *_) -> None:
-        self.queue.put(None)
-        self.thread.join()
-        if kind is None and self.error is not None:
-            raise self.error
+        self.pool.shutdown(cancel_futures=kind is not None)
+        for call in self.calls if kind is None else ():
+            call.result()
 
 
 class SavedRows:

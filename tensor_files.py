@@ -24,8 +24,7 @@ from torch import Tensor
 from config import UserError
 from muon_shards import local
 
-CHUNK_BYTES = 1 << 20  # written and hashed at once
-HASH_CHUNK_BYTES = 8 << 20
+CHUNK_BYTES = 16 << 20  # hashed, read or written at once, without Python's lock
 BLOCK_BYTES = 256 << 20  # of a Snapshot; torch rounds pinned memory up to powers of two
 DTYPES = {
     torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
@@ -94,7 +93,7 @@ def file_entry(path: Path) -> dict:
     """Size and xxh3_64 of a file, as `write_tensors` returns them."""
     digest = xxhash.xxh3_64()
     with open(path, "rb") as file:
-        while chunk := file.read(HASH_CHUNK_BYTES):
+        while chunk := file.read(CHUNK_BYTES):
             digest.update(chunk)
     return {"size": path.stat().st_size, "xxh3_64": digest.hexdigest()}
 

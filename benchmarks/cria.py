@@ -5,6 +5,8 @@
 collect   against the plain forward of the same teacher on the same batches, in turns
 train     align of one block from saved inputs against the same steps with the batches in memory:
           what the loader costs. Rows of the table are tokens per second.
+
+--shape: a teacher of that shape with random weights, for which --teacher lends its tokenizer.
 """
 
 from __future__ import annotations
@@ -22,15 +24,17 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import cria
 from benchmarks.common import about
+from benchmarks.decode import SHAPES
 from cli import load_config, parse_argv
-from config import DistillConfig
+from config import DistillConfig, ModelConfig
 from cria_job import Job, load_block, prepare
 from distributed import compile_blocks
 from evaluate import inputs
-from hf import load_model
+from hf import load_model, save_model
 from hybrid_layers import resolve_kernels, use_kernels
 from layers import sdpa_priority
 from metrics import console_table
+from model import Transformer
 from objectives import AlignObjective
 from student import set_trainable
 from train_kd import default_preset
@@ -133,6 +137,7 @@ class held:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--teacher", default="models/smollm2-135m")
+    parser.add_argument("--shape", default="", choices=("", *SHAPES))
     parser.add_argument("--data", default="stdlib")
     parser.add_argument("--mixer", default="hedgehog_window")
     parser.add_argument("--cria", type=int, default=10)
@@ -143,8 +148,14 @@ def main() -> None:
     parser.add_argument("--folder", default="", help="where inputs are saved; empty = a fresh one")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=args.folder or None) as folder:
+        teacher = f"{folder}/teacher" if args.shape else args.teacher
+        if args.shape:
+            torch.manual_seed(0)
+            model = Transformer(ModelConfig(**SHAPES[args.shape]))
+            model.init_weights()
+            save_model(model, teacher, tokenizer_from=args.teacher, dtype=torch.bfloat16)
         flags = [
-            f"--teacher={args.teacher}", f"--data={args.data}", f"--mixer={args.mixer}",
+            f"--teacher={teacher}", f"--data={args.data}", f"--mixer={args.mixer}",
             f"--cria={args.cria}", "--layers=all", "--stages=align", "--run_name=bench",
             f"--align_tokens={args.tokens}", f"--context_len={args.seq_len}",
             "--align_unique_tokens=0", f"--save_model_dir={folder}", "--calibrate_tokens=0",
