@@ -128,14 +128,15 @@ def matmul_params(config: ModelConfig) -> int:
     return config.num_hidden_layers * mlp + mixers + config.hidden_size * config.vocab_size
 
 
-def kept_parts(config: ModelConfig, i: int) -> tuple[int, int, int]:
+def kept_parts(config: ModelConfig, i: int) -> tuple[int, int, int, int]:
     """About how many numbers block i holds of a token for the backward, compiled: the residual
-    stream and its norms, attention, the MLP."""
+    stream and its norms, attention, what its own products keep besides, the MLP."""
     c, heads = config, config.num_attention_heads + config.num_key_value_heads
-    attention = 3 * heads * c.head_dim
+    attention, more = 3 * heads * c.head_dim, 0
     if c.layer_types[i] == "linear_attention":
         attention = 12 * c.linear_num_value_heads * c.linear_value_head_dim
-    return 4 * c.hidden_size, attention, 2 * c.intermediate_size
+        more = _mixer(c, i).kept_more()
+    return 4 * c.hidden_size, attention, more, 2 * c.intermediate_size
 
 
 def kept_bytes(config: ModelConfig, recompute: str = "none", first: int = 0) -> int:
@@ -147,10 +148,10 @@ def kept_bytes(config: ModelConfig, recompute: str = "none", first: int = 0) -> 
     """
     total = 0
     for i in range(first, config.num_hidden_layers):
-        residual, attention, wide = kept_parts(config, i)
+        residual, attention, more, wide = kept_parts(config, i)
         if recompute != "none":  # see recompute.py
-            wide, attention = 0, 0 if recompute == "full" else attention
-        total += residual + attention + wide
+            wide, more, attention = 0, 0, 0 if recompute == "full" else attention
+        total += residual + attention + more + wide
     return 2 * total
 
 

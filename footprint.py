@@ -244,7 +244,7 @@ def activations(
         return int(sum(blocks) * kept / kept_bytes(config, "none", first)), max(blocks)
     # SwiGLU's input and gradient are there twice over, of a mixer each input has a gradient.
     parts = [kept_parts(config, i) for i in layers]
-    wide = max(max(2 * wide, attention) for _, attention, wide in parts)
+    wide = max(max(2 * wide, attention) for _, attention, _, wide in parts)
     again = 0 if recompute == "none" else max(map(sum, parts))
     return tokens * kept, 2 * tokens * (wide + again + 2 * config.hidden_size)
 
@@ -253,11 +253,12 @@ def align_activations(
     m: Machine, model: Transformer, layers: list[int], rows: int, length: int
 ) -> tuple[int, int]:
     """As `activations`, of the largest mixer: one is trained at a time."""
-    if m.gpu:
-        most = 2 * rows * length * max(kept_parts(model.config, i)[1] for i in layers)
-    else:
+    if not m.gpu:
         most = max(eager_blocks(m, model, layers, rows, length, True))
-    return most, most  # as many gradients
+        return most, most  # as many gradients
+    parts = [kept_parts(model.config, i) for i in layers]
+    most, work = (max(p[1] + p[2] for p in parts), max(p[1] for p in parts))
+    return 2 * rows * length * most, 2 * rows * length * work
 
 
 def head_bytes(

@@ -121,6 +121,11 @@ class LinearMixer(nn.Module, ABC):
         """FLOPs of the recurrence of one token, over all heads."""
         return 2 * self.passes * self.num_value_heads * self.key_dim * self.value_dim
 
+    def kept_more(self) -> int:
+        """About how many numbers of 2 bytes the backward needs of a token, compiled, beyond the
+        12 J V that projections and fla's kernels leave (`flops.kept_parts`)."""
+        return 0
+
     def forward(
         self, x: Tensor, seq: SeqInfo, cache: LayerCache | None = None, heads: bool = False
     ) -> Tensor | tuple[Tensor, Tensor]:

@@ -24,6 +24,7 @@ from config import ModelConfig, Transfer, UserError
 from layers import RMSNorm, SeqInfo, apply_rope
 from mixers.base import LinearMixer, at_least_float32
 from ops.attention_maps import split_rows
+from ops.chunked import CHUNK
 from ops.hedgehog_window import KERNELS, log_weights_hedgehog_window, step_hedgehog_window
 
 # What a part alone is: gamma multiplied so that the other one's weights do not count beside it,
@@ -110,6 +111,15 @@ class HedgehogWindow(LinearMixer):
         sizes = self.key_dim + self.value_dim
         linear = 4 * 2 * self.key_dim * self.value_dim
         return self.num_heads * (linear + 2 * sizes * self.window)
+
+    def kept_more(self) -> int:
+        """chunk_hedgehog_window keeps the window's weights and the maps' products in float32, and
+        copies of the keys and values that a chunk may see."""
+        k, v, near = self.key_dim, self.value_dim, CHUNK + self.window
+        features = 2 * self.feature_map_q.weight.shape[-1]
+        window = near * (2 + (k + v) / CHUNK)
+        linear = features * (6 + v / CHUNK) + 2 * CHUNK
+        return int(self.num_heads * (window + linear + 2 * k - 8 * v))
 
     def qkv(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """q, k, v right after projection, with the norms' weights as if folded in."""
