@@ -134,8 +134,9 @@ def kept_parts(config: ModelConfig, i: int) -> tuple[int, int, int, int]:
     c, heads = config, config.num_attention_heads + config.num_key_value_heads
     attention, more = 3 * heads * c.head_dim, 0
     if c.layer_types[i] == "linear_attention":
-        attention = 12 * c.linear_num_value_heads * c.linear_value_head_dim
-        more = _mixer(c, i).kept_more()
+        mixer = _mixer(c, i)
+        attention = mixer.kept * c.linear_num_value_heads * c.linear_value_head_dim
+        more = mixer.kept_more()
     return 4 * c.hidden_size, attention, more, 2 * c.intermediate_size
 
 

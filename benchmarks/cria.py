@@ -167,17 +167,20 @@ def main() -> None:
         cria.shard(job)
         plan = job.plans[0]
         tokens = plan.steps * plan.rows * plan.stage.seq_len
-        forward = [(plain_forward(job), saved_forward(job)) for _ in range(args.repeats)]
         rest = tokens - plan.rows * plan.stage.seq_len
-        steps = [(block_steps(job, False), block_steps(job, True)) for _ in range(args.repeats)]
+        rows = []
+        for what, count, turn in (
+            ("collect", tokens, lambda: (plain_forward(job), saved_forward(job))),
+            ("train", rest, lambda: (block_steps(job, False), block_steps(job, True))),
+        ):
+            times = [turn() for _ in range(args.repeats)]
+            print(f"{what}, seconds plain and with files: {times}", flush=True)
+            base, ours = (sorted(t)[len(t) // 2] for t in zip(*times, strict=True))
+            rows.append({
+                "": what, "plain, tok/s": f"{count / base:,.0f}",
+                "with files, tok/s": f"{count / ours:,.0f}", "share": f"{base / ours:.3f}",
+            })  # fmt: skip
         size = sum(p.stat().st_size for p in (job.folder / "inputs").rglob("*.safetensors"))
-    rows = []
-    for what, times, count in (("collect", forward, tokens), ("train", steps, rest)):
-        base, ours = (sorted(t)[len(t) // 2] for t in zip(*times, strict=True))
-        rows.append({
-            "": what, "plain, tok/s": f"{count / base:,.0f}",
-            "with files, tok/s": f"{count / ours:,.0f}", "share": f"{base / ours:.3f}",
-        })  # fmt: skip
     info = argparse.Namespace(**vars(args), device=job.world.device.type)
     print(about(info, "cria") | {"bytes": size, "dtype": str(job.dtype)})
     console_table("tokens per second, median of the turns", rows)

@@ -37,6 +37,7 @@ class LinearMixer(nn.Module, ABC):
     fla_op: ClassVar[str] = ""  # the function of ops/fla_kernels.py behind "fla"
     step: ClassVar[Callable]  # its step_*, as a staticmethod
     passes: ClassVar[int] = 2  # K x V products of a token: write k v^T and read S^T q; delta 3
+    kept: ClassVar[int] = 12  # numbers kept of a token for the backward, over J V, on an H100
     grouped: ClassVar[bool] = False  # whether there may be more value heads than key heads
     keeps_norms: ClassVar[bool] = False  # whether it has the teacher's q/k-norms, not folded
     gate_optional: ClassVar[bool] = False  # whether it can be without its output gate
@@ -123,7 +124,7 @@ class LinearMixer(nn.Module, ABC):
 
     def kept_more(self) -> int:
         """About how many numbers of 2 bytes the backward needs of a token, compiled, beyond the
-        12 J V that projections and fla's kernels leave (`flops.kept_parts`)."""
+        `kept` J V that projections and fla's kernels leave (`flops.kept_parts`)."""
         return 0
 
     def forward(

@@ -31,6 +31,7 @@ class KimiDeltaAttention(LinearMixer):
     fla_op = "kda"
     step = staticmethod(step_kda)
     passes = 3  # S^T k, k u^T, S^T q
+    kept = 16
     grouped = True
 
     def __init__(self, config: ModelConfig):

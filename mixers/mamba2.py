@@ -50,6 +50,7 @@ class Mamba2(LinearMixer):
     kernels = KERNELS
     fla_op = "linear_attention"
     step = staticmethod(step_ssd)
+    kept = 10
     grouped = True
 
     def __init__(self, config: ModelConfig):

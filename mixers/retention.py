@@ -32,6 +32,7 @@ class Retention(LinearMixer):
     kernels = KERNELS
     fla_op = "linear_attention"
     step = staticmethod(step_linear_attention)
+    kept = 6
 
     def __init__(self, config: ModelConfig):
         super().__init__(config)

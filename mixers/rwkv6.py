@@ -93,6 +93,7 @@ class RWKV6(LinearMixer):
     kernels = KERNELS
     fla_op = "rwkv6"
     step = staticmethod(step_rwkv6)
+    kept = 22
 
     def __init__(self, config: ModelConfig):
         super().__init__(config)

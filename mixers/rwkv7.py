@@ -66,6 +66,7 @@ class RWKV7(LinearMixer):
     fla_op = "rwkv7"
     step = staticmethod(step_rwkv7)
     passes = 4  # a^T S, b (a^T S), k v^T, S^T r
+    kept = 22
 
     def __init__(self, config: ModelConfig):
         super().__init__(config)
