@@ -101,6 +101,12 @@ def with_any(blocks: list[range], layers: list[int]) -> list[int]:
     return [b for b, block in enumerate(blocks) if set(block) & set(layers)]
 
 
+def largest(blocks: list[range], layers: list[int]) -> range:
+    """The block with most of the layers: what fits for it fits for all, so it decides how many rows
+    are taken at once."""
+    return max(blocks, key=lambda block: len(set(block) & set(layers)))
+
+
 def name_of(block: int | str) -> str:
     return block if isinstance(block, str) else f"block-{block:03d}"
 
@@ -178,7 +184,7 @@ def prepare(cfg: DistillConfig, argv: list[str]) -> Job:
     dtype = set_up_torch(cfg, world)
     _, data, _ = main_first(ranks, lambda: open_data(cfg, tokenizer, build=True))
     names = [name for name in cfg.stage_names() if name in ("align", "block")]
-    shape = block_config(student, cut(student.num_hidden_layers, cfg.cria)[0])
+    shape = block_config(student, largest(cut(student.num_hidden_layers, cfg.cria), layers))
     plans = [plan_stage(cfg, n, getattr(cfg, n), world, i, shape) for i, n in enumerate(names)]
     for plan in plans:
         set_length(plan, cfg, data)

@@ -14,7 +14,7 @@ from pathlib import Path
 from budget import Budget, StageBudget
 from config import DistillConfig
 from cria_files import PART_BYTES, is_finished
-from cria_job import block_config, cut, later_stages, refuse, result_of, with_any
+from cria_job import block_config, cut, largest, later_stages, refuse, result_of, with_any
 from flops import StageFlops, forward_flops, stage_flops
 from footprint import RUNTIME, held, meta_model, stage_memory
 from hf import read_config
@@ -32,6 +32,9 @@ from student import preflight, shares_trunk
 from trainer import run_folder
 
 SIDECAR_BYTES = 250  # of a .json
+# Parts of the disk: checkpoints of blocks go before there is a student or what comes after it.
+IN_TRAINING, STUDENT = "checkpoints of blocks in training", "the stitched student"
+GONE_BY_THEN = "of the checkpoints and what follows, the smaller"
 
 
 def cria_budget(cfg: DistillConfig, full: bool = True) -> Budget:
@@ -44,10 +47,10 @@ def cria_budget(cfg: DistillConfig, full: bool = True) -> Budget:
     shapes = [(block_config(teacher, blocks[b]), block_config(student, blocks[b])) for b in trained]
     names = [n for n in cfg.stage_names() if n in ("align", "block")]
     own = dataclasses.replace(cfg, stages=",".join(names), parallel="ddp")
-    m = machine(own, shapes[0][1])
+    most = trained.index(blocks.index(largest(blocks, layers)))
+    m = machine(own, shapes[most][1])
     alone = dataclasses.replace(m, world=dataclasses.replace(m.world, size=1))
-    most = max(range(len(trained)), key=lambda k: len(set(blocks[trained[k]]) & set(layers)))
-    plans = [plan_stage(own, n, getattr(own, n), alone.world, i, shapes[0][1])
+    plans = [plan_stage(own, n, getattr(own, n), alone.world, i, shapes[most][1])
              for i, n in enumerate(names)]  # fmt: skip
     budget = Budget(m, peak_rate(cfg, m), [], known=not cfg.epochs)
     rows = distinct_rows(plans[0])
@@ -97,6 +100,9 @@ def cria_budget(cfg: DistillConfig, full: bool = True) -> Budget:
         budget.moments |= after.moments
         budget.disk += [(f"{name} (after the blocks)", size) for name, size in after.disk]
         budget.there += after.there
+    size, names = dict(budget.disk), [name for name, _ in budget.disk]
+    later = sum(size[name] for name in names[names.index(STUDENT) :])
+    budget.disk.append((GONE_BY_THEN, -min(size[IN_TRAINING], later)))
     return budget
 
 
@@ -165,7 +171,7 @@ def disk(cfg, budget, student, layers, blocks, trained, rows, left) -> list[tupl
         ("inputs of blocks", rows * plan.stage.seq_len * width),
         ("calibration", calibration * width),
         ("distilled blocks", done),
-        ("checkpoints of blocks in training", kept * min(m.world.size, left)),
-        ("the stitched student", done + rest + tokenizer_bytes(cfg.tokenizer or cfg.teacher)),
         ("logs", sum(s.logs for s in budget.stages) * len(trained)),
+        (IN_TRAINING, kept * min(m.world.size, left)),
+        (STUDENT, done + rest + tokenizer_bytes(cfg.tokenizer or cfg.teacher)),
     ]

@@ -14,7 +14,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from conftest import call_script, metric_rows
+from conftest import call_script, leave, metric_rows
 from safetensors.torch import load_file, save
 from test_checkpoint import sharded, some_tensors
 from test_runs import kd_flags, train_flags, weights
@@ -25,7 +25,7 @@ import checkpoint as ckpt
 import tensor_files
 from async_save import Saver
 from config import UserError
-from distributed import SAVE_FAILED, StopSignals, World, start, stop
+from distributed import SAVE_FAILED, StopSignals, World, start
 
 ALONE = World(0, 1, torch.device("cpu"))
 
@@ -179,8 +179,7 @@ def two_ranks(rank: int, port: int, run: Path) -> None:
         signals.agreed(last=True)
     names = sorted(p.name for p in (run / "async" / "checkpoints").iterdir())
     assert names == ["step-8", "step-9"]
-    dist.barrier()
-    stop()
+    leave()
 
 
 def test_two_ranks(tmp_path):

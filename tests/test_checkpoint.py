@@ -15,13 +15,13 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from conftest import leave
 from safetensors import safe_open
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
 import checkpoint as ckpt
 from config import UserError
-from distributed import stop
 
 
 def some_tensors(seed: int = 0) -> dict[str, torch.Tensor]:
@@ -389,8 +389,7 @@ def two_rank_worker(rank: int, port: int, run, other_run) -> None:
     with pytest.raises(UserError, match="no such folder"):
         ckpt.find_checkpoint(run / "checkpoints" / "step-6", explicit=True, **ranks)
     assert [p.name for p in (run / "checkpoints").iterdir()] == ["step-5"]
-    dist.barrier()
-    stop()
+    leave()
 
 
 def test_two_ranks_write_what_one_rank_reads_and_the_reverse(tmp_path):

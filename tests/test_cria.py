@@ -6,6 +6,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -411,6 +412,29 @@ def test_files_keep_what_is_known_of_them(tmp_path):
     path = part_path(tmp_path / "rows", 0)
     assert unsealed(path.with_suffix(".json"))["rows"] == [7, 9, 9, 1, 3]
     assert read_tensor_file(path)["hidden"].equal(x)
+
+
+@pytest.mark.parametrize("written", [(2, 0), (0, 2), (1, 2), (2, 1, 0)])
+def test_parts_may_be_finished_in_any_order(tmp_path, written, monkeypatch):
+    """What was killed between goes on from the first part that is missing; those behind it are
+    written again, and are not read before."""
+    monkeypatch.setattr(cria_files, "PART_BYTES", 2 * 3 * 2 * 4)  # two rows
+    x, folder, waiting = torch.randn(6, 3, 2), tmp_path / "rows", []
+    writer = cria_files.RowWriter(folder, 6, waiting.append)
+    for at in range(6):
+        writer.add(at, [10 + at], x[at : at + 1])
+    assert writer.done == 6 and not folder.exists() and len(waiting) == 3
+    for part in written:
+        waiting[part]()
+    whole = next(n for n in range(4) if n not in written)  # parts in one row from the first on
+    again = cria_files.RowWriter(folder, 6)
+    assert again.done == 2 * whole
+    assert len(list(folder.glob("*.json"))) == whole
+    with pytest.raises(UserError, match="row 15 among them") if whole < 3 else nullcontext():
+        SavedRows(folder).read([15])
+    for at in range(6):
+        again.add(at, [10 + at], x[at : at + 1])
+    assert SavedRows(folder).read([10, 11, 12, 13, 14, 15]).equal(x)
 
 
 def test_an_error_behind_the_scenes_is_raised(tmp_path):

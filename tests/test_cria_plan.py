@@ -6,11 +6,15 @@ from pathlib import Path
 
 import pytest
 from conftest import call_script
-from test_cria import flags, flags_of  # noqa: F401, a fixture
+from test_cria import flags, flags_of, job_of  # noqa: F401, a fixture
 
+import cria_job
+import cria_plan
 from cli import load_config, parse_argv
 from config import DistillConfig
 from cria_plan import cria_budget
+
+LETTERS = {"linear_attention": "L", "full_attention": "F"}
 
 LARGE = ("--teacher=configs/shapes/llama-3.1-405b", "--layers=all", "--mixer=hedgehog_window",
          "--device=cpu", "--dtype=bfloat16", "--plan_device=8xH100", "--plan", "--stages=align",
@@ -45,6 +49,10 @@ def test_fewer_layers_at_once_and_less_that_trains_take_less():
     assert maps.stages[1].trained < small.stages[1].trained / 200
 
 
+def bytes_under(folder: Path) -> int:
+    return sum(p.stat().st_size for p in folder.rglob("*") if p.is_file())
+
+
 CASES = {
     "align": ("--stages=align",),
     "adapters": ("--stages=align,block",),
@@ -61,11 +69,12 @@ def test_disk_within_five_percent(flags, tmp_path, more, monkeypatch):  # noqa: 
     """Of what a run leaves behind, and of what a block holds before its checkpoints go."""
     import cria
 
-    held = []
+    held, most = [], []
     real = cria.shutil.rmtree
 
     def measure(path, **how):
-        held.append(sum(p.stat().st_size for p in Path(path).rglob("*") if p.is_file()))
+        held.append(bytes_under(Path(path)))
+        most.append(bytes_under(tmp_path / "a"))
         real(path, **how)
 
     found = flags("a", "--cria=2", *more)
@@ -87,6 +96,26 @@ def test_disk_within_five_percent(flags, tmp_path, more, monkeypatch):  # noqa: 
     # Of three checkpoints at most, two of the last stage are left when the block is done.
     assert max(held) == pytest.approx(2 * last, rel=0.05)
     assert plan["checkpoints of blocks in training"] >= 3 * last
+    # All in all: a block's result comes when its checkpoints go, and the plan has both.
+    planned, most = sum(plan.values()), max(*most, bytes_under(tmp_path / "a"))
+    assert 0.95 * (planned - plan["distilled blocks"]) < most < 1.05 * planned
+
+
+@pytest.mark.parametrize("layers, kinds", [("2,3", "LL"), ("1,2,3", "LL"), ("0", "LF")])
+def test_rows_at_once_are_those_of_the_block_with_most_to_train(flags, layers, kinds, monkeypatch):  # noqa: F811
+    """What one block can take all take, and the plan has the sizes of the run."""
+    asked = []
+    for module in (cria_job, cria_plan):
+        real = module.plan_stage
+        monkeypatch.setattr(
+            module, "plan_stage", lambda *a, real=real: asked.append(a[-1]) or real(*a)
+        )
+    found = flags("a", "--cria=2", f"--layers={layers}", "--stages=align,block")
+    job_of(found)
+    run, asked[:] = asked[:], []
+    budget_of(found)
+    assert asked == run and len(run) == 2
+    assert [LETTERS[k] for k in run[0].layer_types] == list(kinds)
 
 
 def test_the_command(flags, tmp_path, capsys):  # noqa: F811

@@ -8,14 +8,14 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from conftest import call_script, metric_rows, run_python
+from conftest import call_script, leave, metric_rows, run_python
 from kit import assert_close_rms, random_ids, tiny_model
 from processes import driver
 from test_runs import kd_flags, train_flags, weights
 from torch import nn
 
 from config import DistillConfig
-from distributed import World, stop
+from distributed import World
 from fsdp import average_whole_gradients, gathered, kept_whole, shard
 from hf import load_model, load_shape, save_model
 from hybrid_layers import MIXERS
@@ -73,8 +73,7 @@ def muon_in_pieces(rank: int, ranks: int, rendezvous: str) -> None:
         torch.testing.assert_close(q.full_tensor(), p, rtol=0, atol=2e-6)
         mine, theirs = many.state[q]["momentum_buffer"], one.state[p]["momentum_buffer"]
         torch.testing.assert_close(mine.full_tensor(), theirs)
-    dist.barrier()
-    stop()
+    leave()
 
 
 @pytest.mark.parametrize("ranks", [2, 3])
@@ -118,8 +117,7 @@ def model_in_pieces(rank: int, ranks: int, rendezvous: str) -> None:
     state = optimizer.state_tensors()
     assert any(is_sharded(t) for n, t in state.items() if n.endswith("momentum_buffer"))
     assert not any(is_sharded(t) for n, t in state.items() if ".A_log." in n)
-    dist.barrier()
-    stop()
+    leave()
 
 
 def test_what_is_cut_and_what_is_whole(tmp_path):
@@ -156,8 +154,7 @@ def mixers_in_pieces(rank: int, ranks: int, rendezvous: str) -> None:
         for n, g in grads.items():
             if g.norm() > 1e-4:
                 assert_close_rms(others[n], g, 0.1, f"{name} {n}")
-    dist.barrier()
-    stop()
+    leave()
 
 
 def test_every_mixer_in_pieces(tmp_path):
@@ -193,8 +190,7 @@ def pieces_of_folders(rank: int, ranks: int, rendezvous: str, folders: list[str]
             whole = gathered(model, world)
             for name, p in expected.named_parameters() if rank == 0 else ():
                 assert dict(whole.named_parameters())[name].equal(p), name
-    dist.barrier()
-    stop()
+    leave()
 
 
 def test_every_rank_reads_its_own_pieces(tmp_path):

@@ -8,12 +8,12 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from conftest import leave
 from torch import nn
 from zoo import SHAPES, Zoo, give_grads, random_params, rms_error
 
 import muon as muon_module
 from config import UserError
-from distributed import stop
 from muon import Muon, newton_schulz, newton_schulz_ref, orthogonalise
 from ops.multi_tensor import scale_
 from optimizer import build_optimizer, clip_grad_norm
@@ -325,8 +325,7 @@ def rank_main(rank: int, world_size: int, rendezvous: str) -> None:
     dist.all_gather_object(counts, own_matrices)
     assert sum(counts) == all_matrices and min(counts) > 0, counts
     check_sharded_norm(world_size)
-    dist.barrier()
-    stop()
+    leave()
 
 
 def test_two_ranks_equal_one_process_bitwise(tmp_path):
