@@ -35,9 +35,10 @@ RAISE = "raise KeyError('boom')"
 KILL = "open({mark!r}, 'w'); os.kill(os.getpid(), 9)"
 
 
-def faulty(folder: Path, rank: int, fault: str, mark: str = "") -> str:
-    """A driver whose `rank` runs `fault` in step 4, unless there is a file `mark`."""
-    patch = FAULT.format(rank=str(rank), fault=fault.format(mark=mark), mark=mark)
+def faulty(folder: Path, rank: int, fault: str, mark: str = "", first: str = "") -> str:
+    """A driver whose `rank` runs `fault` in step 4, unless there is a file `mark`; first: code that
+    all run before."""
+    patch = first + FAULT.format(rank=str(rank), fault=fault.format(mark=mark), mark=mark)
     return driver(folder, patch).removesuffix(".py")
 
 
