@@ -1,22 +1,26 @@
 r"""How training scales over ranks: tokens/s per GPU against one GPU, memory, where the time goes.
 
-    python benchmarks/scaling.py --teacher models/smollm2-135m --data data/mix --ranks 1 2
-    python benchmarks/scaling.py --shape qwen2.5-1.5b --works distill --parallel fsdp --ranks 1 2
-    python benchmarks/scaling.py --read scaling.json
-    python benchmarks/scaling.py --device cpu --shape tiny --ranks 1 2 --rows 2 --length 64
+    python benchmarks/scaling.py --teacher models/smollm2-135m --data data/mix --ranks 1 2 --parity
+    python benchmarks/scaling.py --shape qwen2.5-1.5b --works align distill --rows 4 --length 4096
+    python benchmarks/scaling.py --read one.json two.json
+    python benchmarks/scaling.py --device cpu --shape tiny --ranks 1 2 --rows 2 --length 64 --parity
 
 Whole runs of train.py and train_kd.py, started by torchrun on each number of ranks, loader and log
-included, with the same rows per rank: `pretrain` (the teacher's shape from scratch), `align` and
-`distill` (a 3:1 student). One rank is the peer of each row: efficiency is tokens/s per rank over
-its own. Added ms is what a step takes longer than on one rank; Muon's row less AdamW's is what
-Muon's exchange of matrices costs beyond the gradients' sum. Without --teacher its weights are
-random, and without --data so are the bytes; neither matters to speed, but a vocabulary of bytes
-makes the head small. Medians over the steps after `--warmup`; memory is rank 0's.
+included, with the same rows per rank: `pretrain` (the teacher's shape from scratch), and `align`
+and `distill` of a 3:1 student, in one run where both are asked for. One rank is the peer of each
+row: efficiency is tokens/s per rank over its own. Added ms is what a step takes longer than on one
+rank; Muon's less AdamW's is what Muon's exchange of matrices costs beyond the gradients' sum. With
+--parity one rank also takes the batch of more, micro-batch by micro-batch: `loss off` is the
+largest distance of a step's loss from that run's, as a share of the first step's. Without
+--teacher its weights are random, and without --data so are the bytes; neither matters to speed, but
+a vocabulary of bytes makes the head of `pretrain` small. Medians over the steps after `--warmup`;
+memory is rank 0's.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import statistics
@@ -36,7 +40,7 @@ from config import ModelConfig
 from hf import read_config, save_model
 from metrics import console_table
 from model import Transformer
-from scripts.profile_table import newest_trace, read_events, summarise
+from scripts.profile_table import read_events, summarise
 from scripts.profile_table import show as show_profile
 from shard_writer import ShardWriter
 from tokenizer import load_tokenizer
@@ -57,6 +61,9 @@ def random_inputs(args, folder: Path) -> None:
         torch.manual_seed(0)
         model = Transformer(ModelConfig(**SHAPES[args.shape], eos_token_id=256))
         model.init_weights()
+        with torch.no_grad():  # or it would predict next to nothing
+            for p in model.parameters():
+                p.mul_(2 if p.dim() == 2 else 1)
         save_model(model.to(torch.bfloat16), args.teacher, tokenizer_from=args.tokenizer)
 
 
@@ -70,85 +77,138 @@ def shape_flags(config: ModelConfig) -> list[str]:
     ]  # fmt: skip
 
 
-def command(work: str, optimizer: str, parallel: str, ranks: int, folder: Path, args) -> list[str]:
-    """torchrun's words for one run."""
-    micro, muon = args.rows * args.length, optimizer == "muon"
+def runs(works: list[str]) -> list[tuple[str, ...]]:
+    """What is measured in one run: the stages of a distillation, or pretraining."""
+    stages = tuple(work for work in works if work != "pretrain")
+    return [group for group in (("pretrain",) * ("pretrain" in works), stages) if group]
+
+
+def command(
+    works: tuple[str, ...], optimizer: str, parallel: str, ranks: int, count: int, args,
+    folder: Path,
+) -> list[str]:  # fmt: skip
+    """torchrun's words for one run of `count` micro-batches a step and rank."""
+    muon = optimizer == "muon"
     flags = [
         f"--data={args.data}", f"--max_steps={args.warmup + args.steps}", "--run_name=run",
         f"--save_model_dir={folder}", "--save_model=False", "--sample_tokens=0",
-        "--eval_tokens=8192", "--log_every=10", f"--parallel={parallel}", f"--device={args.device}",
+        "--eval_tokens=8192", f"--parallel={parallel}", f"--device={args.device}",
         f"--profile={args.profile}",
     ]  # fmt: skip
-    if work == "pretrain":
+    if works == ("pretrain",):
+        script = "train.py"
         flags += shape_flags(read_config(args.teacher))
         flags += [f"--batch_size={args.rows}", f"--context_len={args.length}"]
-        flags += [f"--accumulation_steps={ranks * args.accumulate}", f"--use_muon={muon}"]
+        flags += [f"--accumulation_steps={ranks * count}", f"--use_muon={muon}"]
+        flags += [f"--warmup_steps={args.warmup}"]
     else:
+        script = "train_kd.py"
         settings = {
             "seq_len": args.length, "micro_batch": args.rows, "tokens": 10**9, "use_muon": muon,
-            "batch_tokens": micro * args.accumulate * ranks,
+            "batch_tokens": args.rows * args.length * count * ranks, "unique_tokens": 0,
+            "warmup_steps": args.warmup,
         }  # fmt: skip
-        flags += [f"--{work}_{name}={value}" for name, value in settings.items()]
-        flags += [f"--teacher={args.teacher}", "--layers=3:1", f"--stages={work}"]
-        flags += ["--calibrate_tokens=2048", "--distill_train=all"]
-    script = "train.py" if work == "pretrain" else "train_kd.py"
+        flags += [f"--{work}_{name}={value}" for work in works for name, value in settings.items()]
+        flags += [f"--teacher={args.teacher}", "--layers=3:1", f"--stages={','.join(works)}"]
+        flags += ["--calibrate_tokens=2048", "--distill_train=all", "--eval_every=0"]
     launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
     return [sys.executable, *launch, script, *flags, *args.flags]
 
 
-def measure(work: str, optimizer: str, parallel: str, ranks: int, args) -> dict:
-    """One run's figures."""
-    row = {"work": work, "optimizer": optimizer, "parallel": parallel, "ranks": ranks}
+def measure(
+    works: tuple[str, ...], optimizer: str, parallel: str, ranks: int, count: int, args
+) -> list[dict]:  # fmt: skip
+    """The figures of one run, of each of its works."""
+    row = {"optimizer": optimizer, "parallel": parallel, "ranks": ranks, "micro-batches": count}
     with tempfile.TemporaryDirectory() as folder:
-        words = command(work, optimizer, parallel, ranks, Path(folder), args)
+        words = command(works, optimizer, parallel, ranks, count, args, Path(folder))
         env = {**os.environ, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
         done = subprocess.run(words, cwd=ROOT, env=env, capture_output=True, text=True)
         if done.returncode:
             lines = (done.stderr or done.stdout).strip().splitlines()
             error = next((line for line in lines if line.startswith("error: ")), lines[-1])
-            return row | {"note": f"exit code {done.returncode}: {error}"}
-        run = Path(folder) / "run"
-        rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-        rows = [r for r in rows if "time_per_step" in r and r["step"] > args.warmup]
-        if args.profile:
-            print(f"profile of {work}, {optimizer}, {parallel}, {ranks} ranks")
-            show_profile(summarise(read_events(newest_trace(str(run)))), 12)
-    row |= {key: statistics.median(r[key] for r in rows) for key in ("tok/s", "time_per_step")}
-    return row | {"loss": rows[-1]["loss"], "mem": rows[-1]["mem"], "mfu": rows[-1]["mfu"]}
+            return [
+                row | {"work": w, "note": f"exit code {done.returncode}: {error}"} for w in works
+            ]
+        run, found = Path(folder) / "run", []
+        lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+        for work in works:
+            steps = [r for r in lines if r["stage"] == work and "loss" in r]
+            late = [r for r in steps[args.warmup :] if "time_per_step" in r]
+            speed = {k: statistics.median(r[k] for r in late) for k in ("tok/s", "time_per_step")}
+            last = {key: late[-1][key] for key in ("mem", "mfu")}
+            found.append({**row, "work": work, **speed, **last, "loss": [r["loss"] for r in steps]})
+        for trace in sorted(run.glob("trace-*.json")):
+            print(f"profile of {optimizer}, {parallel}, {ranks} ranks: {trace.name}")
+            show_profile(summarise(read_events(trace)), 12)
+    return found
 
 
 def measure_all(args) -> dict:
     results = {"about": about(args, "scaling"), "rows": []}
+    whole = args.accumulate * max(args.ranks)  # what one rank takes to have the batch of the most
     with tempfile.TemporaryDirectory() as folder:
         random_inputs(args, Path(folder))
-        for work in args.works:
-            for optimizer in args.optimizers:
-                for ranks in args.ranks:
-                    for parallel in args.parallel if ranks > 1 else ["auto"]:
-                        results["rows"].append(measure(work, optimizer, parallel, ranks, args))
-                        print(json.dumps(results["rows"][-1]), flush=True)
-                        if args.json:
-                            Path(args.json).write_text(json.dumps(results, indent=1) + "\n")
+        for works, optimizer in itertools.product(runs(args.works), args.optimizers):
+            plan = [
+                (parallel, ranks, args.accumulate)
+                for ranks in args.ranks
+                for parallel in (args.parallel if ranks > 1 else ["auto"])
+            ]
+            if args.parity and ("auto", 1, whole) not in plan:
+                plan.append(("auto", 1, whole))
+            for parallel, ranks, count in plan:
+                rows = measure(works, optimizer, parallel, ranks, count, args)
+                results["rows"] += rows
+                print(*map(json.dumps, rows), sep="\n", flush=True)
+                if args.json:
+                    Path(args.json).write_text(json.dumps(results, indent=1) + "\n")
     return results
+
+
+def peer(row: dict, rows: list[dict], count: int) -> dict:
+    """The same work on one rank in `count` micro-batches; {} if it was not measured."""
+    wanted = {
+        "work": row["work"],
+        "optimizer": row["optimizer"],
+        "ranks": 1,
+        "micro-batches": count,
+    }
+    same = (r for r in rows if wanted.items() <= r.items() and "loss" in r)
+    return next(same, {})
+
+
+def loss_off(row: dict, rows: list[dict]) -> float | None:
+    """How far the losses are from those of one rank that has the same batch, as a share of the
+    first; None where one of them is missing."""
+    same = peer(row, rows, row["ranks"] * row["micro-batches"])
+    if "loss" not in row or not same or same is row:
+        return None
+    pairs = zip(row["loss"], same["loss"], strict=True)
+    return max(abs(a - b) for a, b in pairs) / same["loss"][0]
 
 
 def show(results: dict) -> None:
     """A row for each run, beside the same work on one rank where that was measured."""
     print(json.dumps(results["about"]))
-    alone = {(r["work"], r["optimizer"]): r for r in results["rows"] if r["ranks"] == 1}
     table = []
     for row in results["rows"]:
-        line = {name: str(row[name]) for name in ("work", "optimizer", "ranks", "parallel")}
-        peer = alone.get((row["work"], row["optimizer"]), {})
+        names = ("work", "optimizer", "ranks", "parallel", "micro-batches")
+        line = {name: str(row[name]) for name in names}
+        alone, off = (
+            peer(row, results["rows"], row["micro-batches"]),
+            loss_off(row, results["rows"]),
+        )
         if "tok/s" in row:
             ms = row["time_per_step"] * 1e3
             line |= {"tok/s": f"{row['tok/s']:,.0f}", "ms": f"{ms:,.1f}"}
             line["GiB"] = f"{row['mem']:.2f}"
             line["MFU"] = f"{row['mfu']:.1%}" if row["mfu"] else "-"
-            if "tok/s" in peer:
-                share = row["tok/s"] / row["ranks"] / peer["tok/s"]
+            if alone:
+                share = row["tok/s"] / row["ranks"] / alone["tok/s"]
                 line["efficiency"] = f"{share:.1%}"
-                line["added ms"] = f"{ms - peer['time_per_step'] * 1e3:,.1f}"
+                line["added ms"] = f"{ms - alone['time_per_step'] * 1e3:,.1f}"
+            line["loss off"] = "-" if off is None else f"{off:.1e}"
         table.append(line | {"note": row.get("note", "")})
     console_table("a step of each run; efficiency against one rank", table, width=150)
 
@@ -173,11 +233,14 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--steps", type=int, default=30)
     parser.add_argument("--flags", nargs="+", default=[], help="more for each run: --kernel=chunk")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--parity", action="store_true", help="one rank with the batch of more")
     parser.add_argument("--profile", action="store_true", help="print where steps 3 to 5 went")
     parser.add_argument("--json", default="", help="write the results here")
-    parser.add_argument("--read", default="", help="show these results, measure nothing")
+    parser.add_argument("--read", nargs="+", default=[], help="show these, measure nothing")
     args = parser.parse_args(argv)
-    show(json.loads(Path(args.read).read_text()) if args.read else measure_all(args))
+    found = [json.loads(Path(path).read_text()) for path in args.read] or [measure_all(args)]
+    about_all = found[0]["about"] if len(found) == 1 else [part["about"] for part in found]
+    show({"about": about_all, "rows": [row for part in found for row in part["rows"]]})
 
 
 if __name__ == "__main__":

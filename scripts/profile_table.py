@@ -6,7 +6,8 @@ r"""Where a profiled step's time goes: a table by kernel family, and the ten lon
 
 Reads the Chrome trace that --profile writes. Busy is the time in which at least one kernel, copy or
 fill runs, so that streams at work together count once; a family's time is the sum over its
-launches, and the shares, of busy time, add up to more than 1 where streams overlap. Idle is what is
+launches, and the shares, of busy time, add up to more than 1 where streams overlap. Several ranks
+also get the part of the busy time in which nothing but collectives ran. Idle is what is
 left of the window from the first profiled step to its last kernel. Muon's matmuls are in matmul. A
 trace without GPU kernels gives the operators of the CPU by self time. Tested by
 tests/test_profile_table.py.
@@ -117,9 +118,11 @@ def summarise(events: list[dict]) -> dict:
     end = max(e["ts"] + e["dur"] for e in marks + work)  # kernels run on after the host's step
     scale = 1e-3 / max(1, len(marks))
     named = [(e["name"], e["dur"]) for e in work] if gpu else self_times(work)
+    busy = busy_time(work)
+    computing = busy_time([e for e in work if family(e["name"]) != "collectives"])
     return {
         "gpu": bool(gpu), "steps": len(marks), "wall": (end - begin) * scale,
-        "busy": busy_time(work) * scale,
+        "busy": busy * scale, "collectives alone": (busy - computing) * scale,
         "families": totals([(family(n), t) for n, t in named], scale) if gpu else [],
         "kernels": totals(named, scale),
     }  # fmt: skip
@@ -152,6 +155,8 @@ def show(found: dict, most: int) -> None:
         f"{found['steps']} steps of {wall:.3f} ms; {where} busy {busy:.3f} ms, idle "
         f"{wall - busy:.3f} ms = {100 * (1 - busy / wall):.1f}%"
     )
+    if any(name == "collectives" for name, *_ in found["families"]):
+        print(f"collectives alone {found['collectives alone']:.3f} ms")
     if found["gpu"]:
         table("by kernel family", "family", found["families"])
     longest = "kernel" if found["gpu"] else "operator"

@@ -58,6 +58,7 @@ def test_gpu_numbers(tmp_path):
     assert (found["gpu"], found["steps"]) == (True, 2)
     assert found["wall"] == pytest.approx(1.25)
     assert found["busy"] == pytest.approx(0.55)  # 0.65 if the streams' overlap counted twice
+    assert found["collectives alone"] == pytest.approx(0.05)  # 600-700
     rows = {name: (ms, launches) for name, ms, launches in found["families"]}
     assert list(rows) == ["matmul", "collectives", "loss head", "copies and fills"]
     assert rows["matmul"] == (pytest.approx(0.35), 2)
@@ -74,6 +75,7 @@ def test_console(tmp_path, capsys):
     profile_table.main([str(tmp_path), "--json", str(tmp_path / "numbers.json")])
     out = capsys.readouterr().out
     assert str(new) in out and "idle 0.700 ms = 56.0%" in out
+    assert "collectives alone 0.050 ms" in out
     assert "63.6%" in out  # of matmul: 0.35 / 0.55
     assert json.loads((tmp_path / "numbers.json").read_text())["steps"] == 2
 

@@ -5,13 +5,17 @@ Where there is one GPU both ranks are on it and speak through gloo, which leaves
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 from conftest import metric_rows, run_python
 from processes import driver, running
 from test_fsdp import STEPS, TOLERANCE, assert_same_run
-from test_ranks import KILL, faulty
+from test_ranks import KILL, faulty, rank_ends_alone
 from test_runs import kd_flags, train_flags
+
+from benchmarks.scaling import loss_off
 
 pytestmark = [
     pytest.mark.gpu,
@@ -102,6 +106,15 @@ def test_saved_by_two_resumed_by_one_and_back(tiny_data, tmp_path):
 
 
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+@pytest.mark.parametrize("fault", ["raises", "exits"])
+def test_a_rank_ends_alone(fault, parallel, tiny_data, tmp_path):
+    """torchrun gives a rank that waits in a collective 30 s, unless it was told (watchdog.py)."""
+    flags = train_flags(tiny_data, tmp_path, "a", *ON_GPU, f"--parallel={parallel}")
+    how = {"first": "" if TWO else SHARED, "gpus": BOTH["gpus"]}
+    rank_ends_alone(fault, 1, flags, tmp_path / "a", seconds=120, **how)
+
+
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
 def test_torchrun_begins_again_after_a_rank_was_killed(parallel, tiny_data, tmp_path):
     more = (*ON_GPU, "--save_every=2", "--resume=auto", f"--parallel={parallel}")
     flags = lambda run: train_flags(tiny_data, tmp_path, run, *more)  # noqa: E731
@@ -112,3 +125,21 @@ def test_torchrun_begins_again_after_a_rank_was_killed(parallel, tiny_data, tmp_
     assert process.returncode == 0, err
     assert out.count("resuming at step 2") == 1 and err.count("failed (exitcode") == 1
     assert_same_losses(tmp_path / "whole", tmp_path / "killed", TOLERANCE["adamw"], 6)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not TWO, reason="needs two GPUs")
+@pytest.mark.parametrize("shape", ["smollm2-135m", "qwen2.5-1.5b"])
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_real_sizes_are_those_of_one_gpu(optimizer, shape, tmp_path):
+    """20 steps of pretraining, align and distill in bfloat16, compiled."""
+    found, large = tmp_path / "scaling.json", shape == "qwen2.5-1.5b"
+    run_python(
+        "benchmarks/scaling.py", f"--shape={shape}", f"--optimizers={optimizer}", "--parity",
+        "--ranks=2", "--rows=2", "--length=2048", "--warmup=5", "--steps=15", "--tokens=2000000",
+        *(("--parallel=fsdp",) if large else ()), f"--json={found}", gpus="0,1",
+    )  # fmt: skip
+    rows = json.loads(found.read_text())["rows"]
+    off = [loss_off(row, rows) for row in rows if row["ranks"] == 2]
+    assert len(off) == (3 if large else 6) and all(x is not None for x in off), rows
+    assert max(off) < BFLOAT16, rows

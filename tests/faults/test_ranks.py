@@ -59,20 +59,17 @@ def free_port() -> int:
         return s.getsockname()[1]
 
 
-@pytest.mark.slow
-@pytest.mark.skipif(not Path("/proc/self").is_dir(), reason="looks for processes in /proc")
-@pytest.mark.parametrize("rank", [0, 1])
-@pytest.mark.parametrize("fault", ["raises", "exits"])
-def test_a_rank_ends_alone(fault, rank, tiny_data, tmp_path):
-    """Under DDP and FSDP2: the others do not wait, torchrun's output names the rank, and the
-    checkpoint is there to go on from."""
-    script = faulty(tmp_path, rank, RAISE if fault == "raises" else "os._exit(7)")
-    parallel = f"--parallel={('fsdp', 'ddp')[rank]}"
-    flags = train_flags(tiny_data, tmp_path, "a", "--save_every=1", parallel)
+def rank_ends_alone(
+    fault: str, rank: int, flags: list[str], run: Path, *, seconds: float, first: str = "", **how
+) -> None:  # fmt: skip
+    """A run in which `rank` "raises" or "exits" in step 4: the others do not wait, torchrun's
+    output names the rank, and the checkpoint is there to go on from. how: see `running`."""
+    folder = run.parent
+    script = faulty(folder, rank, RAISE if fault == "raises" else "os._exit(7)", first=first)
     begun = time.monotonic()
-    with running(script, *flags, ranks=2) as process:
-        _, err = process.communicate(timeout=120)
-    assert time.monotonic() - begun < 60
+    with running(script, *flags, "--save_every=1", ranks=2, **how) as process:
+        _, err = process.communicate(timeout=2 * seconds)
+    assert time.monotonic() - begun < seconds
     assert process.returncode == 1
     errors = [line for line in err.splitlines() if line.startswith("error: ")]
     root = err.split("Root Cause")[1]
@@ -82,9 +79,25 @@ def test_a_rank_ends_alone(fault, rank, tiny_data, tmp_path):
         assert "exitcode  : 1 " in root and err.count("KeyError: 'boom'\n") >= 2
     else:
         assert "exitcode  : 7 " in root
-    assert newest(tmp_path / "a")[1]["step"] == 3 and not (tmp_path / "a" / "model").exists()
-    assert sorted(metric_rows(tmp_path / "a")) == [1, 2, 3]
-    assert not alive(tmp_path)
+    assert newest(run)[1]["step"] == 3 and not (run / "model").exists()
+    assert sorted(metric_rows(run)) == [1, 2, 3]
+    assert not alive(folder)
+
+
+needs_proc = pytest.mark.skipif(
+    not Path("/proc/self").is_dir(), reason="looks for processes in /proc"
+)
+
+
+@pytest.mark.slow
+@needs_proc
+@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("fault", ["raises", "exits"])
+def test_a_rank_ends_alone(fault, rank, tiny_data, tmp_path):
+    """Under DDP and FSDP2."""
+    parallel = f"--parallel={('fsdp', 'ddp')[rank]}"
+    flags = train_flags(tiny_data, tmp_path, "a", parallel)
+    rank_ends_alone(fault, rank, flags, tmp_path / "a", seconds=60)
 
 
 WAITING = """
