@@ -11,7 +11,8 @@ and `distill` of a 3:1 student, in one run where both are asked for. One rank is
 row: efficiency is tokens/s per rank over its own. Added ms is what a step takes longer than on one
 rank; Muon's less AdamW's is what Muon's exchange of matrices costs beyond the gradients' sum. With
 --parity one rank also takes the batch of more, micro-batch by micro-batch: `loss off` is the
-largest distance of a step's loss from that run's, as a share of the first step's. Without
+largest distance of a step's loss from that run's, as a share of the first step's. Runs of one rank
+go side by side where there are GPUs for it. Without
 --teacher its weights are random, and without --data so are the bytes; neither matters to speed, but
 a vocabulary of bytes makes the head of `pretrain` small. Medians over the steps after `--warmup`;
 memory is rank 0's.
@@ -27,6 +28,8 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -59,7 +62,8 @@ def random_inputs(args, folder: Path) -> None:
     if not args.teacher:
         args.teacher = str(folder / "teacher")
         torch.manual_seed(0)
-        model = Transformer(ModelConfig(**SHAPES[args.shape], eos_token_id=256))
+        with torch.device(args.device):
+            model = Transformer(ModelConfig(**SHAPES[args.shape], eos_token_id=256))
         model.init_weights()
         with torch.no_grad():  # or it would predict next to nothing
             for p in model.parameters():
@@ -80,7 +84,7 @@ def shape_flags(config: ModelConfig) -> list[str]:
 def runs(works: list[str]) -> list[tuple[str, ...]]:
     """What is measured in one run: the stages of a distillation, or pretraining."""
     stages = tuple(work for work in works if work != "pretrain")
-    return [group for group in (("pretrain",) * ("pretrain" in works), stages) if group]
+    return [group for group in (stages, ("pretrain",) * ("pretrain" in works)) if group]
 
 
 def command(
@@ -116,13 +120,16 @@ def command(
 
 
 def measure(
-    works: tuple[str, ...], optimizer: str, parallel: str, ranks: int, count: int, args
+    works: tuple[str, ...], optimizer: str, parallel: str, ranks: int, count: int, args,
+    gpus: str = "",
 ) -> list[dict]:  # fmt: skip
-    """The figures of one run, of each of its works."""
+    """The figures of one run, of each of its works. gpus: those it sees; empty = as this process"""
     row = {"optimizer": optimizer, "parallel": parallel, "ranks": ranks, "micro-batches": count}
     with tempfile.TemporaryDirectory() as folder:
         words = command(works, optimizer, parallel, ranks, count, args, Path(folder))
         env = {**os.environ, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
+        env |= {"CUDA_VISIBLE_DEVICES": gpus} if gpus else {}
+        begun = time.monotonic()
         done = subprocess.run(words, cwd=ROOT, env=env, capture_output=True, text=True)
         if done.returncode:
             lines = (done.stderr or done.stdout).strip().splitlines()
@@ -130,6 +137,7 @@ def measure(
             return [
                 row | {"work": w, "note": f"exit code {done.returncode}: {error}"} for w in works
             ]
+        row["seconds"] = round(time.monotonic() - begun)
         run, found = Path(folder) / "run", []
         lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
         for work in works:
@@ -147,22 +155,32 @@ def measure(
 def measure_all(args) -> dict:
     results = {"about": about(args, "scaling"), "rows": []}
     whole = args.accumulate * max(args.ranks)  # what one rank takes to have the batch of the most
+    names = [str(i) for i in range(torch.cuda.device_count())]
+    names = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(names)).split(",")
+    alone = dict.fromkeys([args.accumulate] * (1 in args.ranks) + [whole] * args.parity)
+
+    def add(rows: list[dict]) -> None:
+        results["rows"] += rows
+        print(*map(json.dumps, rows), sep="\n", flush=True)
+        if args.json:
+            Path(args.json).write_text(json.dumps(results, indent=1) + "\n")
+
     with tempfile.TemporaryDirectory() as folder:
         random_inputs(args, Path(folder))
         for works, optimizer in itertools.product(runs(args.works), args.optimizers):
-            plan = [
-                (parallel, ranks, args.accumulate)
-                for ranks in args.ranks
-                for parallel in (args.parallel if ranks > 1 else ["auto"])
-            ]
-            if args.parity and ("auto", 1, whole) not in plan:
-                plan.append(("auto", 1, whole))
-            for parallel, ranks, count in plan:
-                rows = measure(works, optimizer, parallel, ranks, count, args)
-                results["rows"] += rows
-                print(*map(json.dumps, rows), sep="\n", flush=True)
-                if args.json:
-                    Path(args.json).write_text(json.dumps(results, indent=1) + "\n")
+            # Runs of one rank side by side: GPUs share their host as the ranks of one run do.
+            with ThreadPoolExecutor(len(names) if args.device == "cuda" else 1) as pool:
+                one = [
+                    pool.submit(
+                        measure, works, optimizer, "auto", 1, count, args, names[i % len(names)]
+                    )
+                    for i, count in enumerate(alone)
+                ]
+            for rows in one:
+                add(rows.result())
+            for ranks, parallel in itertools.product(args.ranks, args.parallel):
+                if ranks > 1:
+                    add(measure(works, optimizer, parallel, ranks, args.accumulate, args))
     return results
 
 
@@ -234,7 +252,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--flags", nargs="+", default=[], help="more for each run: --kernel=chunk")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--parity", action="store_true", help="one rank with the batch of more")
-    parser.add_argument("--profile", action="store_true", help="print where steps 3 to 5 went")
+    parser.add_argument("--profile", action="store_true", help="where rank 0's steps 3 to 5 went")
     parser.add_argument("--json", default="", help="write the results here")
     parser.add_argument("--read", nargs="+", default=[], help="show these, measure nothing")
     args = parser.parse_args(argv)
