@@ -337,6 +337,11 @@ class TrainConfig:
     )  # fmt: skip
     shard_ranks: int = opt(0, "fsdp: ranks that a model is cut over, groups of which are copies; "
                            "0 = all", low=0)  # fmt: skip
+    reshard_after_forward: str = opt(
+        "auto", "fsdp: give gathered blocks up until the backward, the teacher's until they are "
+        "called again; auto = unless all of them take a tenth of a GPU at most",
+        choices=("auto", "always", "never"),
+    )  # fmt: skip
     matmul_precision: str = opt("high", "float32 matmuls on CUDA: high = TF32",
                                 choices=("highest", "high", "medium"))  # fmt: skip
     log_every: int = opt(1, "steps between console lines", low=1)

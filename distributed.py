@@ -406,8 +406,8 @@ def sum_gradients(params: Iterable[nn.Parameter], world: World) -> None:
     for group in by_dtype.values():
         flat = torch.cat([g.flatten() for g in group])
         dist.all_reduce(flat)
-        for g, new in zip(group, flat.split([g.numel() for g in group]), strict=True):
-            g.copy_(new.view_as(g))
+        parts = flat.split([g.numel() for g in group])
+        torch._foreach_copy_(group, [new.view_as(g) for g, new in zip(group, parts, strict=True)])
 
 
 def parallelize(module: nn.Module, world: World) -> nn.Module:

@@ -52,6 +52,7 @@ class Machine:
     dtype: torch.dtype  # in which it computes
     compiled: bool = False
     shards: int = 1  # ranks that a model is cut over (FSDP2); 1: every rank has whole models
+    keep: bool = False  # what is gathered stays so until the backward
 
     @property
     def gpu(self) -> bool:
@@ -155,13 +156,14 @@ def head_copy(m: Machine, model: Transformer) -> int:
 
 
 def gathered_bytes(m: Machine, models: list[Transformer]) -> int:
-    """FSDP2: two blocks of each model (the next is fetched while one computes), embedding and head,
-    in the compute type; and a block's gradient, in it and in float32."""
+    """FSDP2: two blocks of each model (the next is fetched while one computes), or all that are
+    kept, embedding and head, in the compute type; and a block's gradient, in it and in float32."""
     total = block = 0
     for model in models:
-        block = max(sum(p.numel() for p in b.parameters()) for b in model.layers)
+        blocks = [sum(p.numel() for p in b.parameters()) for b in model.layers]
+        block = max(blocks)
         ends = model.embed_tokens.weight.numel() * (1 if model.lm_head is None else 2)
-        total += (2 * block + ends) * m.dtype.itemsize
+        total += ((sum(blocks) if m.keep else 2 * block) + ends) * m.dtype.itemsize
     return total + block * (m.dtype.itemsize + 4)
 
 

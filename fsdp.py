@@ -30,6 +30,9 @@ from optimizer import param_role
 
 # Of the memory of a GPU, what DDP's weights, gradients and optimizer state may take under `auto`.
 DDP_SHARE = 0.5
+# And what all blocks of teacher and student may take, gathered, to stay so under `auto`: a block's
+# gathering costs the host about a millisecond, whatever its size.
+KEPT_SHARE = 0.1
 
 
 def wants_fsdp(cfg: TrainConfig, world: World, config: ModelConfig) -> bool:
@@ -51,6 +54,17 @@ def wants_fsdp(cfg: TrainConfig, world: World, config: ModelConfig) -> bool:
         params = Transformer(config).num_params()
     needed = 16 * params  # float32 weights, gradients, two states of AdamW
     return needed > DDP_SHARE * world.gpu_memory
+
+
+def keeps_gathered(cfg: TrainConfig, world: World, configs: Iterable[ModelConfig]) -> bool:
+    """--reshard_after_forward never, or auto with models of these shapes that are small enough."""
+    if cfg.reshard_after_forward != "auto":
+        return cfg.reshard_after_forward == "never"
+    if world.device.type != "cuda":
+        return False
+    with torch.device("meta"):
+        params = sum(Transformer(config).num_params() for config in configs)
+    return 2 * params <= KEPT_SHARE * world.gpu_memory
 
 
 def conflict(cfg: TrainConfig) -> str:
@@ -85,12 +99,13 @@ def kept_whole(model: nn.Module) -> set[nn.Parameter]:
 
 
 def shard(
-    model: nn.Module, world: World, *, dtype: torch.dtype, shard_ranks: int = 0, amp,
-    folder: str | Path = "",
+    model: nn.Module, world: World, *, dtype: torch.dtype, shard_ranks: int = 0,
+    keep: bool = False, amp, folder: str | Path = "",
 ) -> nn.Module:  # fmt: skip
     """Cut the model's matrices over the ranks, in place: of all ranks, or of groups of shard_ranks,
-    which then hold copies of one another. dtype: what they are computed in. Every rank must
-    have the same values, or, on the meta device, gets them from `folder`. Compile blocks before."""
+    which then hold copies of one another. dtype: what they are computed in. keep: blocks stay
+    gathered until the backward, those of a model without one until `reshard`. Every rank must have
+    the same values, or, on the meta device, gets them from `folder`. Compile blocks before."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
@@ -106,7 +121,7 @@ def shard(
         ),
     }
     for block in model.layers:
-        fully_shard(block, **how)
+        fully_shard(block, **how, reshard_after_forward=not keep)
     fully_shard(model, **how)
     if next(model.parameters()).is_meta:
         read_pieces(model, folder, world)
@@ -143,10 +158,11 @@ def read_pieces(model: nn.Module, folder: str | Path, world: World) -> None:
 
 
 def reshard(model: nn.Module) -> None:
-    """Give up the embedding and the head, which stay gathered after a forward without gradients:
-    until then the model's parameters are not those that an optimizer has."""
+    """Give up what stays gathered after a forward without gradients, at least the embedding and
+    the head: until then the model's parameters are not those that an optimizer has."""
     if is_fsdp(model):
-        model.reshard()
+        for module in (model, *model.layers):
+            module.reshard()
 
 
 def average_whole_gradients(params: Iterable[nn.Parameter], world: World) -> None:

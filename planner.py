@@ -41,7 +41,7 @@ from footprint import (
     on_meta,
     stage_memory,
 )
-from fsdp import wants_fsdp
+from fsdp import keeps_gathered, wants_fsdp
 from hf import DTYPES, read_config, tokenizer_spec
 from hybrid_layers import cast_trunk, mixer_parameters
 from layer_lists import auto_share
@@ -85,14 +85,15 @@ def planned_world(cfg: TrainConfig) -> tuple[World, str]:
     return World(0, count, torch.device("cuda", 0), memory), found[2]
 
 
-def machine(cfg: TrainConfig, config: ModelConfig) -> Machine:
-    """What a run of a model of this shape computes on."""
+def machine(cfg: TrainConfig, config: ModelConfig, teacher: ModelConfig | None = None) -> Machine:
+    """What a run of models of these shapes computes on."""
     world, name = planned_world(cfg)
     dtype = DTYPES.get(cfg.dtype)
     if dtype is None:  # all cards of the table have bfloat16
         dtype = torch.bfloat16 if cfg.plan_device else compute_dtype(cfg.dtype, world.device)
     shards = (cfg.shard_ranks or world.size) if wants_fsdp(cfg, world, config) else 1
-    return Machine(world, name, dtype, compile_wanted(cfg, world), shards)
+    keep = shards > 1 and keeps_gathered(cfg, world, filter(None, (config, teacher)))
+    return Machine(world, name, dtype, compile_wanted(cfg, world), shards, keep)
 
 
 def peak_rate(cfg: TrainConfig, m: Machine) -> float | None:
@@ -197,8 +198,9 @@ def distillation(
 ) -> Budget:
     """The budget of train_kd.py; arguments as `student.preflight` returns them. full: memory too,
     and the length by the data where --epochs asks for it."""
-    m = machine(cfg, config)
-    teacher, fsdp = read_config(cfg.teacher), m.shards > 1
+    teacher = read_config(cfg.teacher)
+    m = machine(cfg, config, teacher)
+    fsdp = m.shards > 1
     names = cfg.stage_names()
     plans = [plan_stage(cfg, n, getattr(cfg, n), m.world, i, config) for i, n in enumerate(names)]
     budget = Budget(m, peak_rate(cfg, m), [], known=not cfg.epochs)

@@ -21,7 +21,7 @@ from data import eval_batches, require_rows
 from distributed import World, compile_blocks, main_first, start, stop, this_process
 from evaluate import Evaluator, completions, eval_rows
 from fast_tokenizer import Unsupported
-from fsdp import gathered, ranks_line, shard, wants_fsdp
+from fsdp import gathered, keeps_gathered, ranks_line, shard, wants_fsdp
 from hf import load_model, read_config, save_model, tokenizer_spec
 from hf_files import fingerprint
 from hybrid_layers import convert_config, resolve_kernels, use_kernels
@@ -187,7 +187,8 @@ def pretrain(cfg: PretrainConfig, argv: list[str]) -> None:
         if reference is not None and retokenizer is None:  # else of any length
             compile_blocks(reference)
     if fsdp:
-        shard(model, world, dtype=dtype, shard_ranks=cfg.shard_ranks, amp=run.amp)
+        keep = keeps_gathered(cfg, world, [config])
+        shard(model, world, dtype=dtype, shard_ranks=cfg.shard_ranks, keep=keep, amp=run.amp)
     evaluator = Evaluator(held_out, None, amp=run.amp, world=world)
     if "pretrain" not in run.done:
         objective = HeadObjective(model, reference, stage, world, [])

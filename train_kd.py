@@ -34,7 +34,7 @@ from distributed import (
     this_process,
 )
 from evaluate import Evaluator, completions, eval_rows, zeroed_attention
-from fsdp import gathered, ranks_line, shard, wants_fsdp
+from fsdp import gathered, keeps_gathered, ranks_line, shard, wants_fsdp
 from hf import DTYPES, save_model
 from hybrid_layers import (
     cast_trunk,
@@ -192,10 +192,10 @@ def distil(cfg: DistillConfig, argv: list[str]) -> None:
         compile_blocks(teacher, hooks=fsdp)
         compile_blocks(student, hooks=fsdp)
     if fsdp:
+        keep = keeps_gathered(cfg, world, [teacher.config, shape])
+        how = {"dtype": dtype, "shard_ranks": cfg.shard_ranks, "keep": keep, "amp": run.amp}
         for model, folder in ((teacher, cfg.teacher), (student, cfg.student)):
-            shard(
-                model, world, dtype=dtype, shard_ranks=cfg.shard_ranks, amp=run.amp, folder=folder
-            )
+            shard(model, world, folder=folder, **how)
 
     table = Table(run)
     seq_len = cfg.eval_seq_len or plans[-1].stage.seq_len

@@ -104,7 +104,7 @@ def command(
         flags += shape_flags(read_config(args.teacher))
         flags += [f"--batch_size={args.rows}", f"--context_len={args.length}"]
         flags += [f"--accumulation_steps={ranks * count}", f"--use_muon={muon}"]
-        flags += [f"--warmup_steps={args.warmup}"]
+        flags += [f"--warmup_steps={args.warmup}", "--lr=1e-4"]
     else:
         script = "train_kd.py"
         settings = {

@@ -16,7 +16,7 @@ from torch import nn
 
 from config import DistillConfig
 from distributed import World
-from fsdp import average_whole_gradients, gathered, kept_whole, shard
+from fsdp import average_whole_gradients, gathered, keeps_gathered, kept_whole, reshard, shard
 from hf import load_model, load_shape, save_model
 from hybrid_layers import MIXERS
 from lora import add_lora, lora_parameters
@@ -81,7 +81,7 @@ def test_muon_on_pieces_is_muon_on_matrices(ranks, tmp_path):
     mp.spawn(muon_in_pieces, (ranks, str(tmp_path / "rendezvous")), nprocs=ranks)
 
 
-def model_in_pieces(rank: int, ranks: int, rendezvous: str) -> None:
+def model_in_pieces(rank: int, ranks: int, rendezvous: str, keep: bool) -> None:
     """What is cut and what is not, in bfloat16: one step keeps whole parameters alike on all ranks,
     and the state has the pieces' shapes; put together it is the model again."""
     torch.set_num_threads(1)
@@ -90,15 +90,18 @@ def model_in_pieces(rank: int, ranks: int, rendezvous: str) -> None:
     world = World(rank, ranks, torch.device("cpu"))
     model = tiny_model("LFLF", dtype=torch.float32)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    never = DistillConfig(reshard_after_forward="never")
+    assert keeps_gathered(never, world, []) and not keeps_gathered(DistillConfig(), world, [])
     roles = {name: param_role(name, p) for name, p in model.named_parameters()}
     names = {p: name for name, p in model.named_parameters()}
     whole = {names[p] for p in kept_whole(model)}
     assert {n.rpartition(".")[2] for n in whole} >= {"A_log", "dt_bias"} and len(whole) > 10
     amp = lambda: torch.autocast("cpu", torch.bfloat16)  # noqa: E731
-    shard(model, world, dtype=torch.bfloat16, amp=amp)
+    shard(model, world, dtype=torch.bfloat16, keep=keep, amp=amp)
     for name, p in model.named_parameters():
         assert is_sharded(p) == (name not in whole) == (roles[name] != "no_decay"), name
         assert p.dtype == torch.float32
+    sharded = [n for n, p in model.named_parameters() if is_sharded(p)]
     again = gathered(model, world)
     assert (again is None) == (rank > 0)
     for name, p in again.named_parameters() if again is not None else ():
@@ -109,10 +112,13 @@ def model_in_pieces(rank: int, ranks: int, rendezvous: str) -> None:
     hook = model.layers[0].linear_attn.register_forward_pre_hook(
         lambda m, _: seen.update(q=m.q_proj.weight.dtype, decay=m.A_log.dtype)
     )
-    with amp():
+    with amp(), torch.no_grad():
         model(torch.randint(model.config.vocab_size, (1, 24)))
-        model.reshard()
     hook.remove()
+    in_blocks = [is_sharded(p) for b in model.layers for n, p in b.named_parameters()]
+    assert any(in_blocks) == (not keep)
+    reshard(model)
+    assert sharded == [n for n, p in model.named_parameters() if is_sharded(p)]
     assert seen == {"q": torch.bfloat16, "decay": torch.float32}
     state = optimizer.state_tensors()
     assert any(is_sharded(t) for n, t in state.items() if n.endswith("momentum_buffer"))
@@ -120,8 +126,9 @@ def model_in_pieces(rank: int, ranks: int, rendezvous: str) -> None:
     leave()
 
 
-def test_what_is_cut_and_what_is_whole(tmp_path):
-    mp.spawn(model_in_pieces, (2, str(tmp_path / "rendezvous")), nprocs=2)
+@pytest.mark.parametrize("keep", [False, True])
+def test_what_is_cut_and_what_is_whole(keep, tmp_path):
+    mp.spawn(model_in_pieces, (2, str(tmp_path / "rendezvous"), keep), nprocs=2)
 
 
 def mixers_in_pieces(rank: int, ranks: int, rendezvous: str) -> None:
@@ -223,9 +230,11 @@ def assert_same_run(one, two, tolerance: float, steps: int) -> None:
 
 @optimizers
 def test_pretraining_is_that_of_one_process(optimizer, tiny_data, tmp_path):
-    more = ("--max_steps=10", f"--use_muon={optimizer == 'muon'}")
+    muon = optimizer == "muon"
+    more = ("--max_steps=10", f"--use_muon={muon}")
     call_script("train", *train_flags(tiny_data, tmp_path, "one", *more))
-    flags = train_flags(tiny_data, tmp_path, "fsdp", *more, "--parallel=fsdp")
+    how = ("--parallel=fsdp", f"--reshard_after_forward={'never' if muon else 'always'}")
+    flags = train_flags(tiny_data, tmp_path, "fsdp", *more, *how, "--eval_every=3")
     out = run_python("train.py", *flags, ranks=2).stdout
     assert "2 x cpu (fsdp over 2)" in out and out.count("sample: ") == 3
     assert_same_run(tmp_path / "one", tmp_path / "fsdp", TOLERANCE[optimizer], 10)
@@ -242,7 +251,8 @@ def test_distillation_is_that_of_one_process(optimizer, tiny_teacher, tiny_data,
             "--align_tokens=1280")  # fmt: skip
     flags = {n: kd_flags(tiny_teacher, tiny_data, tmp_path, n, *more) for n in ("one", "fsdp")}
     call_script("train_kd", *flags["one"])
-    out = run_python("train_kd.py", *flags["fsdp"], "--parallel=fsdp", ranks=2).stdout
+    how = ("--parallel=fsdp", f"--reshard_after_forward={'always' if muon else 'never'}")
+    out = run_python("train_kd.py", *flags["fsdp"], *how, "--eval_every=3", ranks=2).stdout
     assert "2 x cpu (fsdp over 2)" in out and "greedy completions" in out
     assert_same_run(tmp_path / "one", tmp_path / "fsdp", TOLERANCE[optimizer], 20)
 

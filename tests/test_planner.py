@@ -228,6 +228,10 @@ def test_fsdp_cuts_what_it_cuts():
         assert one[part] / 8 < eight[part] < 1.02 * one[part] / 8
         assert one[part] / 4 < four[part] < 1.02 * one[part] / 4
     assert eight["gathered blocks"] > 0 and "gathered blocks" not in one
+    kept = memory("--parallel=fsdp", "--reshard_after_forward=never", device="8xH100")
+    more = kept["gathered blocks"] - eight["gathered blocks"]
+    assert 1.8 * one["teacher"] < more < 2.2 * one["teacher"]  # all blocks of teacher and student
+    assert kept["teacher"] == eight["teacher"]
 
 
 def test_kept_rows_and_copies_for_saves_are_counted(tiny_teacher, tiny_data, tmp_path):
