@@ -303,7 +303,7 @@ def triton_adamw(
 ) -> None:  # fmt: skip
     """`plain_adamw` of tensors of one dtype, float32 or bfloat16, in one launch."""
     go = _always(params[0].device) if go is None else go
-    torch._foreach_add_(steps, go)
+    torch._foreach_add_(steps, [go] * len(steps))  # of one `go` the host would read the number
     count = torch.stack(steps)
     roots1 = (1 - beta1 ** count.double()).float()
     roots2 = (1 - beta2 ** count.double()).sqrt().float()

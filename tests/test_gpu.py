@@ -9,8 +9,10 @@ import pytest
 import torch
 from conftest import call_script, metric_rows
 from kit import rms_ratio
+from test_runs import train_flags
 
 import evaluate
+import trainer
 from config import ModelConfig
 from data import TokenDataset, eval_batches
 from distributed import compile_blocks
@@ -93,6 +95,34 @@ def test_a_whole_run(tiny_teacher, tiny_data, tmp_path, compiled):
     kl = {r["model"]: r["KL"] for r in json.loads((tmp_path / "a" / "table.json").read_text())}
     assert kl["student after distill"] < kl["student after align"] < kl["student after transfer"]
     assert all(0 < v < 1 for v in metric_rows(tmp_path / "a", "mfu").values())
+
+
+@pytest.mark.parametrize("muon", [False, True])
+def test_no_step_waits_for_the_device(muon, tiny_teacher, tiny_data, tmp_path, monkeypatch):
+    """From its third step on, when all is compiled and every table is there, no stage does but to
+    log. A host that waits in each step leaves the GPU idle while it launches the next."""
+    step, checked = trainer.one_step, []
+
+    def watched(run, plan, number, *args):
+        if number < 2:
+            return step(run, plan, number, *args)
+        checked.append(plan.name)
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            return step(run, plan, number, *args)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+    monkeypatch.setattr(trainer, "one_step", watched)
+    call_script(
+        "train_kd", f"--teacher={tiny_teacher}", f"--data={tiny_data}", "--layers=1,2",
+        f"--save_model_dir={tmp_path}", "--run=a", "--config=tests/kd.yaml", "--max_steps=4",
+        "--eval_tokens=512", "--sample_tokens=0", "--calibrate_tokens=256", "--distill_train=all",
+        f"--distill_use_muon={muon}", f"--align_use_muon={muon}", "--peak_flops=1e12",
+    )  # fmt: skip
+    call_script("train", *train_flags(tiny_data, tmp_path, "b", "--device=cuda", "--dtype=bfloat16",
+                                      "--max_steps=4", f"--use_muon={muon}"))  # fmt: skip
+    assert checked == ["align"] * 2 + ["distill"] * 2 + ["pretrain"] * 2
 
 
 @pytest.mark.parametrize("scorer", ["swap", "drop", "window", "greedy", "gates"])

@@ -18,6 +18,7 @@ import pytest
 import torch
 from kit import assert_close_rms
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from zoo import SHAPES, give_grads, random_params
 
 import muon as muon_module
@@ -32,7 +33,7 @@ from ops.multi_tensor import (
     triton_adamw,
     uses_triton,
 )
-from optimizer import clip_grad_norm
+from optimizer import StepGuard, build_optimizer, clip_grad_norm
 
 # Blocks are 64 elements and 3 of them when interpreted, 4096 and 8 on a GPU.
 MATRICES = {
@@ -322,17 +323,43 @@ def test_on_a_gpu(check):
     check("cuda")
 
 
+class NoReads(TorchDispatchMode):
+    """Within it the host reads no tensor's number."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        assert function is not torch.ops.aten._local_scalar_dense.default, "a number was read"
+        return function(*args, **(kwargs or {}))
+
+
+def test_adamw_reads_no_number(monkeypatch):
+    """The host of a GPU would wait for all work before it."""
+    launched = mock.MagicMock()
+    monkeypatch.setattr(multi_tensor, "kernels", lambda: launched)
+    tensors = [[torch.ones(3), torch.ones(2, 2)] for _ in range(4)]
+    counts = [torch.zeros(()), torch.zeros(())]
+    for go, after in ((1.0, 1.0), (0.0, 1.0), (None, 2.0)):
+        go = None if go is None else torch.tensor(go)
+        with NoReads():
+            triton_adamw(*tensors, counts, **ADAMW, go=go)
+        assert [c.item() for c in counts] == [after, after]
+    assert launched.adamw_kernel.__getitem__().call_count == 3
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 def test_nothing_waits_for_the_gpu(monkeypatch):
     params = random_params([*SHAPES, *SHAPES], device="cuda")
-    muon = Muon(params, lr=0.02)
+    named = [(f"{i}.weight", p) for i, p in enumerate(params)]
+    named += [("norm.weight", nn.Parameter(torch.ones(9, device="cuda")))]
+    optimizer = build_optimizer(named, lr=0.02, use_muon=True)
+    optimizer.init_state()
+    guard = StepGuard(10.0, torch.device("cuda"))
+    params.append(named[-1][1])
     give_grads(params, seed=0)
     monkeypatch.setattr("muon.PLAIN", None)
     torch.cuda.set_sync_debug_mode("error")
     try:
-        clip_grad_norm(params, 1.0)
-        muon.step()
+        optimizer.step(guard(clip_grad_norm(params, 1.0)))
     finally:
         torch.cuda.set_sync_debug_mode("default")
 
