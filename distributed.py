@@ -447,10 +447,10 @@ def compile_blocks(model: nn.Module, hooks: bool = False) -> None:
     for block in model.layers:
         if block.kind != "linear_attention":
             block.self_attn.compiled = True
-        if hooks:
-            block.forward = torch.compile(block.forward)
-            continue
         if block.kind != "full_attention":
             block.attention.compile()  # align calls a converted one by itself
-        block.compile()
+        if hooks:
+            block.forward = torch.compile(block.forward)
+        else:
+            block.compile()
     model.norm.compile()

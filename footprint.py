@@ -203,7 +203,7 @@ def counted(
         x.requires_grad_(input_grad)
         seq = Transformer(one).seq_info(length, dtype=dtype)
         with amp_context(torch.device("cpu"), dtype)(), saved_tensors_hooks(pack, lambda t: t):
-            block.train()(x, seq, alone=alone)
+            (block.attention if alone else block).train()(x, seq)
         return sum(t.untyped_storage().nbytes() for key, t in kept.items() if key not in owned)
 
 

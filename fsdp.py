@@ -12,11 +12,14 @@ ever holds a whole gradient. Check: `pytest tests/test_fsdp.py`.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from collections.abc import Iterable
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from config import DistillConfig, ModelConfig, TrainConfig, UserError
@@ -25,7 +28,7 @@ from hf import stored_rows
 from layer_lists import auto_share
 from lora import LoRALinear, lora_parameters
 from model import Transformer, is_fsdp
-from muon_shards import cut_of, is_sharded
+from muon_shards import cut_of, is_sharded, local
 from optimizer import param_role
 
 # Of the memory of a GPU, what DDP's weights, gradients and optimizer state may take under `auto`.
@@ -163,6 +166,55 @@ def reshard(model: nn.Module) -> None:
     if is_fsdp(model):
         for module in (model, *model.layers):
             module.reshard()
+
+
+@contextlib.contextmanager
+def gathered_block(block: nn.Module, part: nn.Module, following: nn.Module | None):
+    """Within it `part` of a cut model's block, not the block, can be called, forward and backward;
+    at the end its gradients are summed over ranks in float32 and added to those of its pieces, but
+    for parameters that every rank has whole. following: the block that is gathered meanwhile.
+
+    FSDP2's hooks go through all blocks after every backward and wait for its sum: where each block
+    has a backward of its own, as in align, a small model does little else."""
+    pieces = {n: p for n, p in part.named_parameters() if is_sharded(p) and p.requires_grad}
+    block.unshard()
+    if following is not None:
+        following.unshard(async_op=True)
+    yield
+    wholes = {n: p for n, p in part.named_parameters() if n in pieces}
+    grads = {n: p.grad for n, p in wholes.items() if p.grad is not None}
+    for p in wholes.values():
+        p.grad = None
+    block.reshard()
+    if grads:
+        add_pieces([pieces[n] for n in grads], list(grads.values()))
+
+
+@torch.no_grad()
+def add_pieces(pieces: list[nn.Parameter], grads: list[Tensor]) -> None:
+    """Sum gradients [R, C] of whole matrices over ranks in one message; each rank adds its rows to
+    the gradients of its pieces."""
+    from torch.distributed.tensor import DTensor
+
+    cut, mesh = cut_of(pieces[0]), pieces[0].device_mesh
+    # Each rank's rows of every matrix in a row; the last rank may lack some, which are zeros.
+    even = [g if len(g) % cut.size == 0 else F.pad(g, (0, 0, 0, -len(g) % cut.size)) for g in grads]
+    flat = torch.cat([g.reshape(cut.size, -1) for g in even], 1).float()
+    mine = flat.new_empty(flat.shape[1])
+    # Under its newer name, from torch 2.13 on, the old one warns.
+    scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+    scatter(mine, flat.flatten(), group=cut.group)
+    for dim in range(mesh.ndim):  # groups of shard_ranks are copies of one another
+        if mesh.get_group(dim) != cut.group:
+            dist.all_reduce(mine, group=mesh.get_group(dim))
+    parts = mine.split([g.numel() // cut.size for g in even])
+    for p, g, part in zip(pieces, grads, parts, strict=True):
+        here = part.view(-1, g.shape[1])[: cut.rows(len(g))[cut.rank]]
+        if p.grad is not None:
+            local(p.grad).add_(here)
+            continue
+        how = {"run_check": False, "shape": p.shape, "stride": p.stride()}
+        p.grad = DTensor.from_local(here, mesh, p.placements, **how)
 
 
 def average_whole_gradients(params: Iterable[nn.Parameter], world: World) -> None:

@@ -81,13 +81,10 @@ class Block(nn.Module):
 
     def forward(
         self, h: Tensor, seq: SeqInfo, cache: LayerCache | None = None, tap: bool = False,
-        alone: bool = False, heads: bool = False,
+        heads: bool = False,
     ) -> Tensor | tuple:  # fmt: skip
         """h [B, T, d] -> h. With `tap` also the attention's input and output, both [B, T, d]; with
-        `alone` h is that input already, and its output is all. `heads`: for the output a pair, the
-        second of which is what went into o_proj."""
-        if alone:
-            return self.attention(h, seq, heads=heads)
+        `heads` for the output a pair, the second of which is what went into o_proj."""
         if self.recompute == "none" or cache is not None or tap or not torch.is_grad_enabled():
             return self.compute(h, seq, cache, tap, heads)
         return RUN[self.recompute](self.compute, h, seq)
@@ -270,12 +267,12 @@ class Transformer(nn.Module):
         )  # fmt: skip
         last = max(layers)
         for i in range(last):
-            h, normed, out = self.layers[i](h, seq, None, True, False, heads)  # one graph for all
+            h, normed, out = self.layers[i](h, seq, None, True, heads)  # one graph for all
             if i in layers:
                 yield i, normed, out, seq
         block = self.layers[last]
         if sharded:
-            _, normed, out = block(h, seq, None, True, False, heads)
+            _, normed, out = block(h, seq, None, True, heads)
             yield last, normed, out, seq
             return
         # Its MLP is not needed.

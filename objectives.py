@@ -8,7 +8,7 @@ Check: `pytest tests/test_objectives.py`.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +17,7 @@ from config import StageConfig
 from data import Batch
 from distributed import World, parallelize, sum_gradients
 from evaluate import inputs
-from fsdp import average_whole_gradients
+from fsdp import average_whole_gradients, gathered_block
 from hybrid_layers import mixer_parameters
 from layers import SeqInfo
 from lora import lora_parameters
@@ -35,6 +35,7 @@ from losses import (
     token_losses,
 )
 from model import Transformer, is_fsdp
+from muon_shards import is_sharded
 from optimizer import clip_grad_norm
 
 
@@ -163,8 +164,8 @@ class AlignObjective:
 
     One teacher pass; each layer's backward runs as soon as its target is known, so memory is that
     of one layer. Layers do not influence each other: gradients are clipped per mixer. Never
-    under DDP, whose hooks a direct call of the mixers would bypass without an error; of FSDP2 the
-    block's own hooks run.
+    under DDP, whose hooks a direct call of the mixers would bypass without an error, as it would
+    FSDP2's (`fsdp.gathered_block` stands in for them).
 
     keep: hold the teacher's inputs and outputs of every row in bfloat16, for stages that see the
     same rows several times (`unique_tokens`) where the teacher is what costs.
@@ -202,17 +203,22 @@ class AlignObjective:
         sums: dict[str, Tensor] = {}
         for batch in batches:
             for i, normed, target, seq in no_grad_iter(self._taps(batch)):
-                loss = self._loss(i, normed, target, seq, count, batch.text)
-                (loss * self.world.size if sharded else loss).backward()
+                with self._gathered(i) if sharded else nullcontext():
+                    loss = self._loss(i, normed, target, seq, count, batch.text)
+                    loss.backward()
                 name = f"layer_{self.student.first_layer + i}"
                 sums[name] = sums.get(name, 0) + loss.detach()
-        if sharded:
-            average_whole_gradients(self.params.values(), self.world)
-        else:
+        if not sharded:
             alone_until()
-            sum_gradients(self.params.values(), self.world)
+        sum_gradients([p for p in self.params.values() if not is_sharded(p)], self.world)
         sums["loss"] = sum(sums.values()) / len(self.layers)
         return sums
+
+    def _gathered(self, i: int) -> AbstractContextManager:
+        """Layer i of a cut student as a whole, and the next one on its way."""
+        layers = self.student.layers
+        later = [j for j in self.layers if j > i]
+        return gathered_block(layers[i], layers[i].attention, layers[min(later)] if later else None)
 
     def _loss(
         self, i: int, normed: Tensor, target, seq: SeqInfo, count: Tensor, text: Tensor | None
@@ -220,13 +226,7 @@ class AlignObjective:
         """A layer's share of the mean over `count` tokens. target: the output, or (output, heads).
         text: of a Batch."""
         stage, block = self.stage, self.student.layers[i]
-        how = {"heads": self.heads}
-        sharded = is_fsdp(self.student)
-        out = (
-            block(normed, seq, alone=True, **how)
-            if sharded
-            else block.attention(normed, seq, **how)
-        )
+        out = block.attention(normed, seq, heads=self.heads)
         out, mixed = out if self.heads else (out, None)
         target, heads = target if self.heads else (target, None)
         parts = []

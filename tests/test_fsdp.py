@@ -16,7 +16,15 @@ from torch import nn
 
 from config import DistillConfig
 from distributed import World
-from fsdp import average_whole_gradients, gathered, keeps_gathered, kept_whole, reshard, shard
+from fsdp import (
+    add_pieces,
+    average_whole_gradients,
+    gathered,
+    keeps_gathered,
+    kept_whole,
+    reshard,
+    shard,
+)
 from hf import load_model, load_shape, save_model
 from hybrid_layers import MIXERS
 from lora import add_lora, lora_parameters
@@ -79,6 +87,34 @@ def muon_in_pieces(rank: int, ranks: int, rendezvous: str) -> None:
 @pytest.mark.parametrize("ranks", [2, 3])
 def test_muon_on_pieces_is_muon_on_matrices(ranks, tmp_path):
     mp.spawn(muon_in_pieces, (ranks, str(tmp_path / "rendezvous")), nprocs=ranks)
+
+
+def gradients_in_pieces(rank: int, ranks: int, rendezvous: str) -> None:
+    """Sums of whole gradients, twice, in pieces: rows that do not divide, fewer than ranks."""
+    from torch.distributed.tensor import Shard, distribute_tensor, init_device_mesh
+
+    torch.set_num_threads(1)
+    how = {"init_method": f"file://{rendezvous}", "rank": rank, "world_size": ranks}
+    dist.init_process_group("gloo", **how)
+    mesh = init_device_mesh("cpu", (ranks,))
+    whole = give_grads(map(torch.empty, [(7, 5), (2, 9), (6, 3), (1, 4)]), 1)
+    pieces = [nn.Parameter(distribute_tensor(p, mesh, [Shard(0)])) for p in whole]
+    sums, mine = [torch.zeros_like(p) for p in whole], []
+    for step in range(2):
+        for r in range(ranks):
+            theirs = give_grads(whole, 10 * step + r)
+            sums = [a + b.bfloat16() for a, b in zip(sums, theirs, strict=True)]
+            mine = theirs if r == rank else mine
+        add_pieces(pieces, [g.bfloat16() for g in mine])
+    for p, wanted in zip(pieces, sums, strict=True):
+        assert p.grad.dtype == torch.float32 and p.grad.placements == p.placements
+        torch.testing.assert_close(p.grad.full_tensor(), wanted, rtol=1e-6, atol=1e-6)
+    leave()
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_gradients_come_to_the_pieces(ranks, tmp_path):
+    mp.spawn(gradients_in_pieces, (ranks, str(tmp_path / "rendezvous")), nprocs=ranks)
 
 
 def model_in_pieces(rank: int, ranks: int, rendezvous: str, keep: bool) -> None:
