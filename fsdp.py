@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
@@ -169,25 +169,61 @@ def reshard(model: nn.Module) -> None:
 
 
 @contextlib.contextmanager
-def gathered_block(block: nn.Module, part: nn.Module, following: nn.Module | None):
-    """Within it `part` of a cut model's block, not the block, can be called, forward and backward;
-    at the end its gradients are summed over ranks in float32 and added to those of its pieces, but
-    for parameters that every rank has whole. following: the block that is gathered meanwhile.
+def whole_part(part: nn.Module):
+    """Within it the matrices of a part of a cut block are whole and in the compute type, for a
+    forward and backward of the part by itself; then their gradients are summed over ranks in
+    float32 and added to those of the pieces. What every rank has whole is left alone.
 
-    FSDP2's hooks go through all blocks after every backward and wait for its sum: where each block
-    has a backward of its own, as in align, a small model does little else."""
-    pieces = {n: p for n, p in part.named_parameters() if is_sharded(p) and p.requires_grad}
-    block.unshard()
-    if following is not None:
-        following.unshard(async_op=True)
-    yield
-    wholes = {n: p for n, p in part.named_parameters() if n in pieces}
-    grads = {n: p.grad for n, p in wholes.items() if p.grad is not None}
-    for p in wholes.values():
-        p.grad = None
-    block.reshard()
-    if grads:
-        add_pieces([pieces[n] for n in grads], list(grads.values()))
+    FSDP2 would gather all of the block, and after every backward look at all blocks and wait for
+    the sum. In align each layer has a backward of its own: with 28 that was a third of the host's
+    time."""
+    places = [(m, leaf) for m in part.modules() for leaf, p in m._parameters.items()
+              if p is not None and is_sharded(p)]  # fmt: skip
+    pieces = [m._parameters[leaf] for m, leaf in places]
+    if not pieces:
+        yield
+        return
+    device = pieces[0].device.type
+    dtype = pieces[0].dtype
+    if torch.is_autocast_enabled(device):
+        dtype = torch.get_autocast_dtype(device)
+    wholes = [nn.Parameter(w, p.requires_grad)
+              for w, p in zip(gather(pieces, dtype), pieces, strict=True)]  # fmt: skip
+    for (module, leaf), p in zip(places, wholes, strict=True):
+        module._parameters[leaf] = p
+    try:
+        yield
+    finally:
+        for (module, leaf), p in zip(places, pieces, strict=True):
+            module._parameters[leaf] = p
+    trained = [i for i, p in enumerate(wholes) if p.grad is not None]
+    if trained:
+        add_pieces([pieces[i] for i in trained], [wholes[i].grad for i in trained])
+
+
+def _collective(new: str, old: str) -> Callable:
+    """Under its name from torch 2.13 on, where the old one warns."""
+    return getattr(dist, new, None) or getattr(dist, old)
+
+
+def _even(matrix: Tensor, ranks: int) -> Tensor:
+    """With rows of zeros behind it, so that all ranks have equally many."""
+    missing = -len(matrix) % ranks
+    return F.pad(matrix, (0, 0, 0, missing)) if missing else matrix
+
+
+@torch.no_grad()
+def gather(pieces: list[nn.Parameter], dtype: torch.dtype) -> list[Tensor]:
+    """The whole matrices [R, C] of these pieces in `dtype`, in one message."""
+    cut, mine = cut_of(pieces[0]), []
+    for p in pieces:
+        short = -(-len(p) // cut.size) - len(local(p))  # rows that only other ranks have
+        mine.append(F.pad(local(p), (0, 0, 0, short)) if short else local(p))
+    flat = torch.cat([x.flatten().to(dtype) for x in mine])
+    every = flat.new_empty(cut.size * len(flat))
+    _collective("all_gather_single", "all_gather_into_tensor")(every, flat, group=cut.group)
+    parts = every.view(cut.size, -1).split([x.numel() for x in mine], 1)
+    return [x.reshape(-1, p.shape[1])[: len(p)] for x, p in zip(parts, pieces, strict=True)]
 
 
 @torch.no_grad()
@@ -197,17 +233,16 @@ def add_pieces(pieces: list[nn.Parameter], grads: list[Tensor]) -> None:
     from torch.distributed.tensor import DTensor
 
     cut, mesh = cut_of(pieces[0]), pieces[0].device_mesh
-    # Each rank's rows of every matrix in a row; the last rank may lack some, which are zeros.
-    even = [g if len(g) % cut.size == 0 else F.pad(g, (0, 0, 0, -len(g) % cut.size)) for g in grads]
-    flat = torch.cat([g.reshape(cut.size, -1) for g in even], 1).float()
+    even = [_even(g, cut.size).reshape(cut.size, -1) for g in grads]
+    flat = torch.cat(even, 1).float()  # [ranks, N]: what each will have of all matrices
     mine = flat.new_empty(flat.shape[1])
-    # Under its newer name, from torch 2.13 on, the old one warns.
-    scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
-    scatter(mine, flat.flatten(), group=cut.group)
+    _collective("reduce_scatter_single", "reduce_scatter_tensor")(
+        mine, flat.flatten(), group=cut.group
+    )
     for dim in range(mesh.ndim):  # groups of shard_ranks are copies of one another
         if mesh.get_group(dim) != cut.group:
             dist.all_reduce(mine, group=mesh.get_group(dim))
-    parts = mine.split([g.numel() // cut.size for g in even])
+    parts = mine.split([g.shape[1] for g in even])
     for p, g, part in zip(pieces, grads, parts, strict=True):
         here = part.view(-1, g.shape[1])[: cut.rows(len(g))[cut.rank]]
         if p.grad is not None:

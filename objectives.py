@@ -8,7 +8,7 @@ Check: `pytest tests/test_objectives.py`.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +17,7 @@ from config import StageConfig
 from data import Batch
 from distributed import World, parallelize, sum_gradients
 from evaluate import inputs
-from fsdp import average_whole_gradients, gathered_block
+from fsdp import average_whole_gradients, whole_part
 from hybrid_layers import mixer_parameters
 from layers import SeqInfo
 from lora import lora_parameters
@@ -165,7 +165,7 @@ class AlignObjective:
     One teacher pass; each layer's backward runs as soon as its target is known, so memory is that
     of one layer. Layers do not influence each other: gradients are clipped per mixer. Never
     under DDP, whose hooks a direct call of the mixers would bypass without an error, as it would
-    FSDP2's (`fsdp.gathered_block` stands in for them).
+    FSDP2's (`fsdp.whole_part` stands in for them).
 
     keep: hold the teacher's inputs and outputs of every row in bfloat16, for stages that see the
     same rows several times (`unique_tokens`) where the teacher is what costs.
@@ -203,7 +203,7 @@ class AlignObjective:
         sums: dict[str, Tensor] = {}
         for batch in batches:
             for i, normed, target, seq in no_grad_iter(self._taps(batch)):
-                with self._gathered(i) if sharded else nullcontext():
+                with whole_part(self.student.layers[i].attention) if sharded else nullcontext():
                     loss = self._loss(i, normed, target, seq, count, batch.text)
                     loss.backward()
                 name = f"layer_{self.student.first_layer + i}"
@@ -213,12 +213,6 @@ class AlignObjective:
         sum_gradients([p for p in self.params.values() if not is_sharded(p)], self.world)
         sums["loss"] = sum(sums.values()) / len(self.layers)
         return sums
-
-    def _gathered(self, i: int) -> AbstractContextManager:
-        """Layer i of a cut student as a whole, and the next one on its way."""
-        layers = self.student.layers
-        later = [j for j in self.layers if j > i]
-        return gathered_block(layers[i], layers[i].attention, layers[min(later)] if later else None)
 
     def _loss(
         self, i: int, normed: Tensor, target, seq: SeqInfo, count: Tensor, text: Tensor | None

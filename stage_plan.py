@@ -13,7 +13,7 @@ from config import ModelConfig, StageConfig, TrainConfig, UserError
 from data import require_rows
 from distributed import World
 from flops import kept_bytes
-from fsdp import wants_fsdp
+from fsdp import keeps_gathered, wants_fsdp
 from mixture import Mixture
 from model import Transformer
 
@@ -75,6 +75,8 @@ def micro_batch_tokens(
     weights = params * (20 if stage.train == "all" else 6)
     if wants_fsdp(cfg, world, config):
         weights //= cfg.shard_ranks or world.size
+        if keeps_gathered(cfg, world, [config] * 2):
+            weights += params * 4
     token = kept_bytes(config, cfg.activation_checkpointing)
     if name == "align":  # one layer at a time
         token = 2 * token // config.num_hidden_layers
