@@ -12,6 +12,7 @@ Killed at any moment, the same command goes on, and ends with the same bytes.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import hashlib
 import json
 import multiprocessing
@@ -142,7 +143,6 @@ _worker: Encoder | None = None  # set once in each worker process, never in the 
 
 def _start_worker(options, fast: bool) -> None:
     global _worker
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which ends us
     threading.Thread(target=_end_with_parent, daemon=True).start()
     # One process a core already: the tokenizers' own threads would only compete with them.
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
@@ -150,6 +150,16 @@ def _start_worker(options, fast: bool) -> None:
     if fast:
         tokenizer.speed_up(checked=True)
     _worker = Encoder(tokenizer, options)
+
+
+@contextlib.contextmanager
+def _deaf_children():
+    """Processes started within it do not hear Ctrl-C, not even while they still import."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _end_with_parent() -> None:
@@ -179,7 +189,8 @@ def encode_all(todo, tokenizer: Tokenizer, fast: bool, options):
         pending = deque()
         try:
             for task, position in todo:
-                pending.append((pool.submit(_work, task), position))
+                with _deaf_children():  # a task may be what starts one more worker
+                    pending.append((pool.submit(_work, task), position))
                 if len(pending) >= 2 * options.num_workers:
                     future, position = pending.popleft()
                     yield future.result(), position

@@ -8,6 +8,7 @@ import os
 import random
 import shutil
 import signal
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -260,3 +261,14 @@ def test_ctrl_c_is_one_line(tmp_path):
         printed, err = process.communicate(timeout=60)
     assert process.returncode == 130 and not printed
     assert err == "prepare_data.py: stopped; the same command goes on\n"
+
+
+def test_a_worker_that_still_imports_does_not_hear_ctrl_c():
+    code = (
+        "import os, signal; signal.signal(2, signal.default_int_handler); os.kill(os.getpid(), 2)"
+    )
+    for deaf in (True, False):
+        with prepare_data._deaf_children() if deaf else contextlib.nullcontext():
+            process = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE)
+        err = process.communicate(timeout=60)[1]
+        assert (process.returncode == 0) == deaf == (b"KeyboardInterrupt" not in err)
