@@ -33,8 +33,8 @@ from optimizer import param_role
 
 # Of the memory of a GPU, what DDP's weights, gradients and optimizer state may take under `auto`.
 DDP_SHARE = 0.5
-# And what all blocks of teacher and student may take, gathered, to stay so under `auto`: a block's
-# gathering costs the host about a millisecond, whatever its size.
+# And what all blocks of teacher and student may take, gathered, to stay so under `auto`: gathering
+# a block costs the host the same time whatever its size.
 KEPT_SHARE = 0.1
 
 
