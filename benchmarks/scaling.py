@@ -97,7 +97,7 @@ def command(
         f"--data={args.data}", f"--max_steps={args.warmup + args.steps}", "--run_name=run",
         f"--save_model_dir={folder}", "--save_model=False", "--sample_tokens=0",
         "--eval_tokens=8192", f"--parallel={parallel}", f"--device={args.device}",
-        f"--profile={args.profile}",
+        f"--profile={args.profile and ranks > 1}",
     ]  # fmt: skip
     if works == ("pretrain",):
         script = "train.py"
@@ -107,12 +107,14 @@ def command(
         flags += [f"--warmup_steps={args.warmup}", "--lr=1e-4"]
     else:
         script = "train_kd.py"
-        settings = {
-            "seq_len": args.length, "micro_batch": args.rows, "tokens": 10**9, "use_muon": muon,
-            "batch_tokens": args.rows * args.length * count * ranks, "unique_tokens": 0,
-            "warmup_steps": args.warmup,
-        }  # fmt: skip
-        flags += [f"--{work}_{name}={value}" for work in works for name, value in settings.items()]
+        for work in works:
+            rows = args.align_rows or args.rows if work == "align" else args.rows
+            settings = {
+                "seq_len": args.length, "micro_batch": rows, "tokens": 10**9, "use_muon": muon,
+                "batch_tokens": rows * args.length * count * ranks, "unique_tokens": 0,
+                "warmup_steps": args.warmup,
+            }  # fmt: skip
+            flags += [f"--{work}_{name}={value}" for name, value in settings.items()]
         flags += [f"--teacher={args.teacher}", "--layers=3:1", f"--stages={','.join(works)}"]
         flags += ["--calibrate_tokens=2048", "--distill_train=all", "--eval_every=0"]
     launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
@@ -245,6 +247,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--tokenizer", default="byte", help="of the random teacher and --data")
     parser.add_argument("--tokens", type=int, default=20_000_000, help="of random bytes")
     parser.add_argument("--rows", type=int, default=16, help="per rank at once")
+    parser.add_argument("--align_rows", type=int, default=0, help="of align; 0 = --rows")
     parser.add_argument("--length", type=int, default=2048, help="tokens of a row")
     parser.add_argument("--accumulate", type=int, default=1, help="micro-batches a step and rank")
     parser.add_argument("--warmup", type=int, default=10, help="steps left out")
@@ -252,7 +255,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--flags", nargs="+", default=[], help="more for each run: --kernel=chunk")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--parity", action="store_true", help="one rank with the batch of more")
-    parser.add_argument("--profile", action="store_true", help="where rank 0's steps 3 to 5 went")
+    parser.add_argument("--profile", action="store_true", help="steps 3 to 5 of runs of several")
     parser.add_argument("--json", default="", help="write the results here")
     parser.add_argument("--read", nargs="+", default=[], help="show these, measure nothing")
     args = parser.parse_args(argv)
