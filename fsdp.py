@@ -6,15 +6,16 @@ What is cut are the matrices of a block, and those of the embedding and the head
 Everything that `param_role` calls no_decay (norms, biases, short convolutions, `A_log`, `dt_bias`,
 ...) stays whole and in float32 on every rank, outside FSDP2, whose mixed precision would cast it;
 its gradients are summed in one message a step. Matrices are cast to the compute type before they
-are gathered, their gradients summed over ranks in float32 after every micro-batch, so that no rank
-ever holds a whole gradient. Check: `pytest tests/test_fsdp.py`.
+are gathered; after every micro-batch their gradients travel as the backward made them and are
+summed over ranks in float32, so that no rank ever holds a whole gradient.
+Check: `pytest tests/test_fsdp.py`.
 """
 
 from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -126,6 +127,8 @@ def shard(
     for block in model.layers:
         fully_shard(block, **how, reshard_after_forward=not keep)
     fully_shard(model, **how)
+    for module in (model, *model.layers):
+        module.set_custom_reduce_scatter(RowsToRanks(dtype))
     if next(model.parameters()).is_meta:
         read_pieces(model, folder, world)
     # Which module is the outermost one is settled by the first forward; align calls blocks alone.
@@ -133,6 +136,33 @@ def shard(
         model(torch.zeros(1, 1, dtype=torch.int64, device=world.device))
     reshard(model)
     return model
+
+
+def reduce_rows(rows: Tensor, out: Tensor, group: dist.ProcessGroup, *, mean: bool) -> Tensor:
+    """Rank r's `out` [N] float32 becomes the sum over ranks, or their mean, of row r of `rows`
+    [ranks, N]. They travel in their own type: of bfloat16 half the bytes of a reduce-scatter in
+    float32, for the same sums."""
+    theirs = torch.empty_like(rows)
+    dist.all_to_all_single(theirs, rows, group=group)
+    return (torch.mean if mean else torch.sum)(theirs, 0, dtype=out.dtype, out=out)
+
+
+class RowsToRanks:
+    """`reduce_rows` as FSDP2's reduce-scatter, of gradients in `dtype`: what the interface
+    `torch.distributed.fsdp._fully_shard._fsdp_api.ReduceScatter` asks for."""
+
+    def __init__(self, dtype: torch.dtype):
+        self.dtype, self.asked = dtype, 0
+
+    def allocate(self, size, *, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """FSDP2 asks for what is sent, then for what is received, both in its reduce_dtype."""
+        self.asked += 1
+        return torch.empty(size, dtype=self.dtype if self.asked % 2 else dtype, device=device)
+
+    def __call__(self, output_tensor, input_tensor, group, op, async_op=False) -> None:
+        assert (input_tensor.dtype, output_tensor.dtype) == (self.dtype, torch.float32)
+        rows = input_tensor.view(group.size(), -1)
+        reduce_rows(rows, output_tensor, group, mean=op == dist.ReduceOp.AVG)
 
 
 @torch.no_grad()
@@ -201,11 +231,6 @@ def whole_part(part: nn.Module):
         add_pieces([pieces[i] for i in trained], [wholes[i].grad for i in trained])
 
 
-def _collective(new: str, old: str) -> Callable:
-    """Under its name from torch 2.13 on, where the old one warns."""
-    return getattr(dist, new, None) or getattr(dist, old)
-
-
 def _even(matrix: Tensor, ranks: int) -> Tensor:
     """With rows of zeros behind it, so that all ranks have equally many."""
     missing = -len(matrix) % ranks
@@ -221,7 +246,9 @@ def gather(pieces: list[nn.Parameter], dtype: torch.dtype) -> list[Tensor]:
         mine.append(F.pad(local(p), (0, 0, 0, short)) if short else local(p))
     flat = torch.cat([x.flatten().to(dtype) for x in mine])
     every = flat.new_empty(cut.size * len(flat))
-    _collective("all_gather_single", "all_gather_into_tensor")(every, flat, group=cut.group)
+    # Its name from torch 2.13 on, where the old one warns.
+    new = getattr(dist, "all_gather_single", None)
+    (new or dist.all_gather_into_tensor)(every, flat, group=cut.group)
     parts = every.view(cut.size, -1).split([x.numel() for x in mine], 1)
     return [x.reshape(-1, p.shape[1])[: len(p)] for x, p in zip(parts, pieces, strict=True)]
 
@@ -234,11 +261,9 @@ def add_pieces(pieces: list[nn.Parameter], grads: list[Tensor]) -> None:
 
     cut, mesh = cut_of(pieces[0]), pieces[0].device_mesh
     even = [_even(g, cut.size).reshape(cut.size, -1) for g in grads]
-    flat = torch.cat(even, 1).float()  # [ranks, N]: what each will have of all matrices
-    mine = flat.new_empty(flat.shape[1])
-    _collective("reduce_scatter_single", "reduce_scatter_tensor")(
-        mine, flat.flatten(), group=cut.group
-    )
+    rows = torch.cat(even, 1)  # what each rank will have of all matrices
+    mine = rows.new_empty(rows.shape[1], dtype=torch.float32)
+    reduce_rows(rows, mine, cut.group, mean=False)
     for dim in range(mesh.ndim):  # groups of shard_ranks are copies of one another
         if mesh.get_group(dim) != cut.group:
             dist.all_reduce(mine, group=mesh.get_group(dim))

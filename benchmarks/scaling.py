@@ -8,13 +8,13 @@ r"""How training scales over ranks: tokens/s per GPU against one GPU, memory, wh
 Whole runs of train.py and train_kd.py, started by torchrun on each number of ranks, loader and log
 included, with the same rows per rank: `pretrain` (the teacher's shape from scratch), and `align`
 and `distill` of a 3:1 student, in one run where both are asked for. One rank is the peer of each
-row: efficiency is tokens/s per rank over its own. Added ms is what a step takes longer than on one
-rank; Muon's less AdamW's is what Muon's exchange of matrices costs beyond the gradients' sum. With
+row, on every GPU by itself and on all at once, since no two are equally fast: efficiency is
+tokens/s per rank over the mean of theirs. Added ms is what a step takes longer than their mean;
+Muon's less AdamW's is what Muon's exchange of matrices costs beyond the gradients' sum. With
 --parity one rank also takes the batch of more, micro-batch by micro-batch: `loss off` is the
-largest distance of a step's loss from that run's, as a share of the first step's. Runs of one rank
-go side by side where there are GPUs for it. Without
---teacher its weights are random, and without --data so are the bytes; neither matters to speed, but
-a vocabulary of bytes makes the head of `pretrain` small. Medians over the steps after `--warmup`;
+largest distance of a step's loss from that run's, as a share of the first step's. Without --teacher
+its weights are random, and without --data so are the bytes; neither matters to speed, but a
+vocabulary of bytes makes the head of `pretrain` small. Medians over the steps after `--warmup`;
 memory is rank 0's.
 """
 
@@ -24,6 +24,7 @@ import argparse
 import itertools
 import json
 import os
+import queue
 import statistics
 import subprocess
 import sys
@@ -49,6 +50,7 @@ from shard_writer import ShardWriter
 from tokenizer import load_tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
+SPEEDS = ("tok/s", "time_per_step")
 
 
 def random_inputs(args, folder: Path) -> None:
@@ -56,14 +58,15 @@ def random_inputs(args, folder: Path) -> None:
     if not args.data:
         args.data, rng = str(folder / "data"), np.random.default_rng(0)
         for split, tokens in (("train", args.tokens), ("val", 100_000)):
-            with ShardWriter(args.data, split, load_tokenizer("byte")) as writer:
+            with ShardWriter(args.data, split, load_tokenizer(args.tokenizer)) as writer:
                 for length in rng.lognormal(np.log(400), 1.0, tokens // 600).astype(int) + 1:
                     writer.add(rng.integers(0, 256, length))
     if not args.teacher:
         args.teacher = str(folder / "teacher")
         torch.manual_seed(0)
         with torch.device(args.device):
-            model = Transformer(ModelConfig(**SHAPES[args.shape], eos_token_id=256))
+            eos = load_tokenizer(args.tokenizer).eos_token_id
+            model = Transformer(ModelConfig(**SHAPES[args.shape], eos_token_id=eos))
         model.init_weights()
         with torch.no_grad():  # or it would predict next to nothing
             for p in model.parameters():
@@ -127,6 +130,7 @@ def measure(
 ) -> list[dict]:  # fmt: skip
     """The figures of one run, of each of its works. gpus: those it sees; empty = as this process"""
     row = {"optimizer": optimizer, "parallel": parallel, "ranks": ranks, "micro-batches": count}
+    row |= {"gpu": gpus} if gpus else {}
     with tempfile.TemporaryDirectory() as folder:
         words = command(works, optimizer, parallel, ranks, count, args, Path(folder))
         env = {**os.environ, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
@@ -145,7 +149,7 @@ def measure(
         for work in works:
             steps = [r for r in lines if r["stage"] == work and "loss" in r]
             late = [r for r in steps[args.warmup :] if "time_per_step" in r]
-            speed = {k: statistics.median(r[k] for r in late) for k in ("tok/s", "time_per_step")}
+            speed = {k: statistics.median(r[k] for r in late) for k in SPEEDS}
             last = {key: late[-1][key] for key in ("mem", "mfu")}
             found.append({**row, "work": work, **speed, **last, "loss": [r["loss"] for r in steps]})
         for trace in sorted(run.glob("trace-*.json")):
@@ -159,7 +163,18 @@ def measure_all(args) -> dict:
     whole = args.accumulate * max(args.ranks)  # what one rank takes to have the batch of the most
     names = [str(i) for i in range(torch.cuda.device_count())]
     names = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(names)).split(",")
-    alone = dict.fromkeys([args.accumulate] * (1 in args.ranks) + [whole] * args.parity)
+    names = names[: max(args.ranks)] if args.device == "cuda" else [""]
+    alone = [args.accumulate] * len(names) * (1 in args.ranks) + [whole] * args.parity
+    free = queue.Queue()
+    for name in names:
+        free.put(name)
+
+    def on_one(works, optimizer, count) -> list[dict]:
+        gpu = free.get()
+        try:
+            return measure(works, optimizer, "auto", 1, count, args, gpu)
+        finally:
+            free.put(gpu)
 
     def add(rows: list[dict]) -> None:
         results["rows"] += rows
@@ -170,14 +185,8 @@ def measure_all(args) -> dict:
     with tempfile.TemporaryDirectory() as folder:
         random_inputs(args, Path(folder))
         for works, optimizer in itertools.product(runs(args.works), args.optimizers):
-            # Runs of one rank side by side: GPUs share their host as the ranks of one run do.
-            with ThreadPoolExecutor(len(names) if args.device == "cuda" else 1) as pool:
-                one = [
-                    pool.submit(
-                        measure, works, optimizer, "auto", 1, count, args, names[i % len(names)]
-                    )
-                    for i, count in enumerate(alone)
-                ]
+            with ThreadPoolExecutor(len(names)) as pool:
+                one = [pool.submit(on_one, works, optimizer, count) for count in alone]
             for rows in one:
                 add(rows.result())
             for ranks, parallel in itertools.product(args.ranks, args.parallel):
@@ -186,26 +195,21 @@ def measure_all(args) -> dict:
     return results
 
 
-def peer(row: dict, rows: list[dict], count: int) -> dict:
-    """The same work on one rank in `count` micro-batches; {} if it was not measured."""
-    wanted = {
-        "work": row["work"],
-        "optimizer": row["optimizer"],
-        "ranks": 1,
-        "micro-batches": count,
-    }
-    same = (r for r in rows if wanted.items() <= r.items() and "loss" in r)
-    return next(same, {})
+def peers(row: dict, rows: list[dict], count: int) -> list[dict]:
+    """Runs of the same work on one rank in `count` micro-batches."""
+    wanted = {name: row[name] for name in ("work", "optimizer")}
+    wanted |= {"ranks": 1, "micro-batches": count}
+    return [r for r in rows if wanted.items() <= r.items() and "loss" in r]
 
 
 def loss_off(row: dict, rows: list[dict]) -> float | None:
     """How far the losses are from those of one rank that has the same batch, as a share of the
     first; None where one of them is missing."""
-    same = peer(row, rows, row["ranks"] * row["micro-batches"])
-    if "loss" not in row or not same or same is row:
+    same = peers(row, rows, row["ranks"] * row["micro-batches"])
+    if "loss" not in row or not same or row["ranks"] == 1:
         return None
-    pairs = zip(row["loss"], same["loss"], strict=True)
-    return max(abs(a - b) for a, b in pairs) / same["loss"][0]
+    pairs = zip(row["loss"], same[0]["loss"], strict=True)
+    return max(abs(a - b) for a, b in pairs) / same[0]["loss"][0]
 
 
 def show(results: dict) -> None:
@@ -215,19 +219,17 @@ def show(results: dict) -> None:
     for row in results["rows"]:
         names = ("work", "optimizer", "ranks", "parallel", "micro-batches")
         line = {name: str(row[name]) for name in names}
-        alone, off = (
-            peer(row, results["rows"], row["micro-batches"]),
-            loss_off(row, results["rows"]),
-        )
+        alone = peers(row, results["rows"], row["micro-batches"])
+        off = loss_off(row, results["rows"])
         if "tok/s" in row:
             ms = row["time_per_step"] * 1e3
             line |= {"tok/s": f"{row['tok/s']:,.0f}", "ms": f"{ms:,.1f}"}
             line["GiB"] = f"{row['mem']:.2f}"
             line["MFU"] = f"{row['mfu']:.1%}" if row["mfu"] else "-"
             if alone:
-                share = row["tok/s"] / row["ranks"] / alone["tok/s"]
-                line["efficiency"] = f"{share:.1%}"
-                line["added ms"] = f"{ms - alone['time_per_step'] * 1e3:,.1f}"
+                speed, own = (statistics.mean(r[k] for r in alone) for k in SPEEDS)
+                line["efficiency"] = f"{row['tok/s'] / row['ranks'] / speed:.1%}"
+                line["added ms"] = f"{ms - own * 1e3:,.1f}"
             line["loss off"] = "-" if off is None else f"{off:.1e}"
         table.append(line | {"note": row.get("note", "")})
     console_table("a step of each run; efficiency against one rank", table, width=150)
