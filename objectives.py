@@ -1,7 +1,7 @@
 """What a micro-batch costs and how gradients meet across ranks, one class per kind of stage.
 
-`HeadObjective`: cross-entropy or distillation through the fused head, under DDP.
-`AlignObjective`: every converted layer against the teacher's, outside DDP.
+`HeadObjective`: cross-entropy or distillation through the fused head.
+`AlignObjective`: every converted layer against the teacher's.
 Check: `pytest tests/test_objectives.py`.
 """
 
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from config import StageConfig
 from data import Batch
-from distributed import World, parallelize, sum_gradients
+from distributed import GradientSums, World, sum_gradients
 from evaluate import inputs
 from fsdp import average_whole_gradients, whole_part
 from hybrid_layers import mixer_parameters
@@ -40,7 +40,7 @@ from optimizer import clip_grad_norm
 
 
 class HeadLoss(nn.Module):
-    """The student with its loss as one module, which is what DDP wraps."""
+    """The student with its loss as one module."""
 
     def __init__(self, student: Transformer, teacher: Transformer | None, stage: StageConfig,
                  first: int, unit_grad: bool):  # fmt: skip
@@ -121,9 +121,10 @@ class HeadObjective:
         self.first = first
         self.params = {n: p for n, p in student.named_parameters() if p.requires_grad}
         self.saved = self.params | mixers | lora_parameters(student)
-        loss = HeadLoss(student, teacher, stage, first, unit_grad=world.size == 1)
-        self.sharded = is_fsdp(student)
-        self.module = loss if self.sharded else parallelize(loss, world)
+        self.module = HeadLoss(student, teacher, stage, first, unit_grad=world.size == 1)
+        self.sharded, self.gradient_sums = is_fsdp(student), None
+        if world.size > 1 and not self.sharded:
+            self.gradient_sums = GradientSums(self.params.values(), world)
         self.names = ("ce",)
         if teacher is not None and stage.kd_weight:
             self.names = ("kl", "ce") if stage.ce_weight else ("kl",)
@@ -139,18 +140,21 @@ class HeadObjective:
         rank's share of the sums: add them over ranks. Up to its call of `alone_until`, which never
         comes under FSDP2, a rank does not wait for others."""
         sums: dict[str, Tensor] = {}
+        scale = self.world.size if self.sharded else 1  # FSDP2 takes the mean over ranks
         for i, batch in enumerate(batches):
-            wait = self.world.size > 1 and not self.sharded and i + 1 < len(batches)
-            with self.module.no_sync() if wait else nullcontext():
-                out = self.module(batch, count)
-                if not self.sharded and i + 1 == len(batches):
-                    alone_until()
-                (out.loss * self.world.size).backward()  # DDP and FSDP2 take the mean over ranks
+            out = self.module(batch, count)
+            if not self.sharded and i + 1 == len(batches):
+                alone_until()
+                if self.gradient_sums is not None:
+                    self.gradient_sums.begin()
+            (out.loss * scale if scale > 1 else out.loss).backward()
             parts = {"loss": out.loss.detach(), "kl": out.kd / count, "ce": out.ce / count}
             for name in ("loss", *self.names):
                 sums[name] = sums.get(name, 0) + parts[name]
         if self.sharded:
             average_whole_gradients(self.params.values(), self.world)
+        elif self.gradient_sums is not None:
+            self.gradient_sums.end()
         return sums
 
     def clip(self, max_norm: float) -> Tensor:
@@ -163,9 +167,8 @@ class AlignObjective:
     heads, or attention map, as the stage's weights say.
 
     One teacher pass; each layer's backward runs as soon as its target is known, so memory is that
-    of one layer. Layers do not influence each other: gradients are clipped per mixer. Never
-    under DDP, whose hooks a direct call of the mixers would bypass without an error, as it would
-    FSDP2's (`fsdp.whole_part` stands in for them).
+    of one layer. Layers do not influence each other: gradients are clipped per mixer. A direct call
+    of the mixers bypasses FSDP2's hooks without an error; `fsdp.whole_part` stands in for them.
 
     keep: hold the teacher's inputs and outputs of every row in bfloat16, for stages that see the
     same rows several times (`unique_tokens`) where the teacher is what costs.

@@ -176,7 +176,7 @@ def distil(cfg: DistillConfig, argv: list[str]) -> None:
             errors = calibrate(run, source, student, layers, train_data)
             mean = sum(errors.values()) / len(errors)
             run.logger.say(f"calibrated on {cfg.calibrate_tokens} tokens: mean error {mean:.3f}")
-        # The fits round differently on different devices, and align has no DDP to level that.
+        # The fits round differently on different devices.
         broadcast(mixer_parameters(student, layers).values(), world)
     del source
     adapters = wants_lora(cfg)

@@ -50,7 +50,7 @@ from shard_writer import ShardWriter
 from tokenizer import load_tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
-SPEEDS = ("tok/s", "time_per_step")
+SPEEDS = ("tok/s", "time_per_step", "useful_tflops")
 
 
 def random_inputs(args, folder: Path) -> None:
@@ -107,7 +107,7 @@ def command(
         flags += shape_flags(read_config(args.teacher))
         flags += [f"--batch_size={args.rows}", f"--context_len={args.length}"]
         flags += [f"--accumulation_steps={ranks * count}", f"--use_muon={muon}"]
-        flags += [f"--warmup_steps={args.warmup}", "--lr=1e-4"]
+        flags += [f"--warmup_steps={args.warmup}", "--lr=1e-4", f"--tokenizer={args.tokenizer}"]
     else:
         script = "train_kd.py"
         for work in works:
@@ -150,8 +150,8 @@ def measure(
             steps = [r for r in lines if r["stage"] == work and "loss" in r]
             late = [r for r in steps[args.warmup :] if "time_per_step" in r]
             speed = {k: statistics.median(r[k] for r in late) for k in SPEEDS}
-            last = {key: late[-1][key] for key in ("mem", "mfu")}
-            found.append({**row, "work": work, **speed, **last, "loss": [r["loss"] for r in steps]})
+            found.append({**row, "work": work, **speed, "mem": late[-1]["mem"]})
+            found[-1]["loss"] = [r["loss"] for r in steps]
         for trace in sorted(run.glob("trace-*.json")):
             print(f"profile of {optimizer}, {parallel}, {ranks} ranks: {trace.name}")
             show_profile(summarise(read_events(trace)), 12)
@@ -225,9 +225,9 @@ def show(results: dict) -> None:
             ms = row["time_per_step"] * 1e3
             line |= {"tok/s": f"{row['tok/s']:,.0f}", "ms": f"{ms:,.1f}"}
             line["GiB"] = f"{row['mem']:.2f}"
-            line["MFU"] = f"{row['mfu']:.1%}" if row["mfu"] else "-"
+            line["TFLOP/s"] = f"{row['useful_tflops']:,.0f}"
             if alone:
-                speed, own = (statistics.mean(r[k] for r in alone) for k in SPEEDS)
+                speed, own = (statistics.mean(r[k] for r in alone) for k in SPEEDS[:2])
                 line["efficiency"] = f"{row['tok/s'] / row['ranks'] / speed:.1%}"
                 line["added ms"] = f"{ms - own * 1e3:,.1f}"
             line["loss off"] = "-" if off is None else f"{off:.1e}"
