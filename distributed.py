@@ -418,9 +418,9 @@ class GradientSums:
         loss.backward()
         sums.end()  # every .grad is the sum over ranks, laid out in the messages
 
-    DistributedDataParallel does that too, with a kernel for each parameter, which scales and copies
-    it, and messages of 25 MB, each of which some matmul waits for: 7 to 9 % of a step of
-    SmolLM2-135M on two H200s (docs/performance.md). All ranks begin with rank 0's values.
+    DistributedDataParallel launches a kernel for each parameter, which scales and copies it, and
+    sends 25 MB at a time, each of which some matmul waits for (docs/performance.md#several-gpus).
+    All ranks begin with rank 0's values.
     """
 
     MESSAGE = 128 * 2**20  # bytes, at most, but for a larger gradient
