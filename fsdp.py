@@ -32,7 +32,7 @@ from model import Transformer, is_fsdp
 from muon_shards import cut_of, is_sharded, local
 from optimizer import param_role
 
-# Of the memory of a GPU, what DDP's weights, gradients and optimizer state may take under `auto`.
+# Of the memory of a GPU, what ddp's weights, gradients and optimizer state may take under `auto`.
 DDP_SHARE = 0.5
 # And what all blocks of teacher and student may take, gathered, to stay so under `auto`: gathering
 # a block costs the host the same time whatever its size.
@@ -41,7 +41,7 @@ KEPT_SHARE = 0.1
 
 def wants_fsdp(cfg: TrainConfig, world: World, config: ModelConfig) -> bool:
     """--parallel: auto = fsdp where a student of this shape would take more than DDP_SHARE of a
-    GPU's memory under DDP. UserError for what does not go with fsdp."""
+    GPU's memory under ddp. UserError for what does not go with fsdp."""
     if cfg.shard_ranks and (world.size % cfg.shard_ranks or cfg.parallel != "fsdp"):
         raise UserError(
             f"--shard_ranks: {cfg.shard_ranks} found with --parallel {cfg.parallel} on "

@@ -320,7 +320,7 @@ def clip_grad_norm(params: Iterable[nn.Parameter], max_norm: float) -> Tensor:
     Returns the norm before clipping, a float32 scalar (float64 for such gradients) on the
     gradients' device, without waiting for it. A norm that is not finite makes every gradient NaN
     or 0: a step for `StepGuard` to refuse.
-    Under DDP gradients are whole on each rank; FSDP2 shards are summed over their mesh.
+    Under ddp gradients are whole on each rank; FSDP2 shards are summed over their mesh.
     """
     grads = list({id(p): p.grad for p in params if p.grad is not None}.values())
     if not grads:

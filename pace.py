@@ -1,7 +1,7 @@
 """Which rank the others wait for: one line where a rank is slower, and in what.
 
 A step of one rank is as long as that of the slowest, so what is compared is each rank's own time:
-waiting for data, and computing until gradients first meet. Under DDP and in align that is all but
+waiting for data, and computing until gradients first meet. Under ddp and in align that is all but
 the last backward and the update; under FSDP2 all ranks wait for one another in every block, and
 only data can be told apart. Check: `pytest tests/faults/test_stragglers.py`.
 """
