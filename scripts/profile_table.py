@@ -7,17 +7,21 @@ r"""Where a profiled step's time goes: a table by kernel family, and the ten lon
 Reads the Chrome trace that --profile writes. Busy is the time in which at least one kernel, copy or
 fill runs, so that streams at work together count once; a family's time is the sum over its
 launches, and the shares, of busy time, add up to more than 1 where streams overlap. Several ranks
-also get the part of the busy time in which nothing but collectives ran. Idle is what is
-left of the window from the first profiled step to its last kernel. Muon's matmuls are in matmul. A
-trace without GPU kernels gives the operators of the CPU by self time. Tested by
+also get how long collectives ran, how much of that nothing else did, and how much longer kernels
+beside them took than the median of the same ones (name and grid) with none beside them. Idle is
+what is left of the window from the first profiled step to its last kernel. Muon's matmuls are in
+matmul. A trace without GPU kernels gives the operators of the CPU by self time. Tested by
 tests/test_profile_table.py.
 """
 
 from __future__ import annotations
 
 import argparse
+import bisect
+import itertools
 import json
 import re
+import statistics
 import sys
 from collections import defaultdict
 from pathlib import Path
@@ -89,6 +93,24 @@ def busy_time(events: list[dict]) -> float:
     return total
 
 
+def slowed(work: list[dict], collectives: list[dict]) -> float:
+    """Microseconds that kernels of `work` took longer beside collectives than the median of the
+    same ones without; those that never ran without count as not slowed."""
+    spans = sorted((e["ts"], e["ts"] + e["dur"]) for e in collectives)
+    ends = list(itertools.accumulate((end for _, end in spans), max))
+    alone, beside = defaultdict(list), defaultdict(list)
+    for event in work:
+        i = bisect.bisect_left(spans, (event["ts"] + event["dur"],)) - 1  # the last to begin before
+        same = (event["name"], tuple(event.get("args", {}).get("grid", ())))
+        found = beside if i >= 0 and ends[i] > event["ts"] else alone
+        found[same].append(event["dur"])
+    return sum(
+        sum(times) - len(times) * statistics.median(alone[same])
+        for same, times in beside.items()
+        if same in alone
+    )
+
+
 def self_times(events: list[dict]) -> list[tuple[str, float]]:
     """(name, microseconds) of every CPU operator, without the operators inside it."""
     found, threads = [], defaultdict(list)
@@ -119,10 +141,13 @@ def summarise(events: list[dict]) -> dict:
     scale = 1e-3 / max(1, len(marks))
     named = [(e["name"], e["dur"]) for e in work] if gpu else self_times(work)
     busy = busy_time(work)
-    computing = busy_time([e for e in work if family(e["name"]) != "collectives"])
+    messages = [e for e in work if family(e["name"]) == "collectives"]
+    other = [e for e in work if family(e["name"]) != "collectives"]
     return {
         "gpu": bool(gpu), "steps": len(marks), "wall": (end - begin) * scale,
-        "busy": busy * scale, "collectives alone": (busy - computing) * scale,
+        "busy": busy * scale, "collectives": busy_time(messages) * scale,
+        "collectives alone": (busy - busy_time(other)) * scale,
+        "slowed": slowed(other, messages) * scale,
         "families": totals([(family(n), t) for n, t in named], scale) if gpu else [],
         "kernels": totals(named, scale),
     }  # fmt: skip
@@ -155,8 +180,12 @@ def show(found: dict, most: int) -> None:
         f"{found['steps']} steps of {wall:.3f} ms; {where} busy {busy:.3f} ms, idle "
         f"{wall - busy:.3f} ms = {100 * (1 - busy / wall):.1f}%"
     )
-    if any(name == "collectives" for name, *_ in found["families"]):
-        print(f"collectives alone {found['collectives alone']:.3f} ms")
+    if found["collectives"]:
+        under_way, alone = found["collectives"], found["collectives alone"]
+        print(
+            f"collectives {under_way:.3f} ms, alone {alone:.3f} ms; kernels beside them "
+            f"{found['slowed']:.3f} ms longer"
+        )
     if found["gpu"]:
         table("by kernel family", "family", found["families"])
     longest = "kernel" if found["gpu"] else "operator"

@@ -58,7 +58,9 @@ def test_gpu_numbers(tmp_path):
     assert (found["gpu"], found["steps"]) == (True, 2)
     assert found["wall"] == pytest.approx(1.25)
     assert found["busy"] == pytest.approx(0.55)  # 0.65 if the streams' overlap counted twice
+    assert found["collectives"] == pytest.approx(0.2)
     assert found["collectives alone"] == pytest.approx(0.05)  # 600-700
+    assert found["slowed"] == pytest.approx(0.05)  # the first matmul, beside the second
     rows = {name: (ms, launches) for name, ms, launches in found["families"]}
     assert list(rows) == ["matmul", "collectives", "loss head", "copies and fills"]
     assert rows["matmul"] == (pytest.approx(0.35), 2)
@@ -68,6 +70,19 @@ def test_gpu_numbers(tmp_path):
     assert found["kernels"][0] == (GEMM, pytest.approx(0.35), 2)
 
 
+def test_kernels_beside_collectives():
+    """A long collective that began before a short one is not forgotten; other grids are other
+    kernels; one that never ran alone is not counted."""
+    kernel = lambda ts, dur, grid=1, name="a": {  # noqa: E731
+        **event("kernel", name, ts, dur), "args": {"grid": [grid, 1, 1]}
+    }  # fmt: skip
+    work = [kernel(0, 10), kernel(20, 14), kernel(60, 13), kernel(100, 10), kernel(60, 99, 2),
+            kernel(70, 50, name="b")]  # fmt: skip
+    messages = [event("kernel", "nccl", 15, 60), event("kernel", "nccl", 22, 1)]
+    assert profile_table.slowed(work, messages) == pytest.approx(4 + 3)
+    assert profile_table.slowed(work, []) == profile_table.slowed([], messages) == 0
+
+
 def test_console(tmp_path, capsys):
     old = write(tmp_path, GPU_EVENTS[:3], "trace-9.json")
     os.utime(old, (0, 0))  # older, though its name comes last
@@ -75,7 +90,7 @@ def test_console(tmp_path, capsys):
     profile_table.main([str(tmp_path), "--json", str(tmp_path / "numbers.json")])
     out = capsys.readouterr().out
     assert str(new) in out and "idle 0.700 ms = 56.0%" in out
-    assert "collectives alone 0.050 ms" in out
+    assert "collectives 0.200 ms, alone 0.050 ms; kernels beside them 0.050 ms longer" in out
     assert "63.6%" in out  # of matmul: 0.35 / 0.55
     assert json.loads((tmp_path / "numbers.json").read_text())["steps"] == 2
 
