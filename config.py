@@ -370,7 +370,9 @@ class TrainConfig:
     wandb_enabled: bool = opt(False, "the same as --tracker wandb")
     wandb_project: str = opt("retort", "Weights & Biases project")
     peak_flops: float = opt(0.0, "dense peak of the device, FLOP/s; 0 = from the table", low=0.0)
-    profile: bool = opt(False, "write a torch.profiler trace of steps 3 to 5 into the run")
+    profile: bool = opt(
+        False, "write a torch.profiler trace of steps 3 to 5 (several ranks: 11 to 13) into the run"
+    )
     dry_run: bool = opt(False, "build everything, print the plan, train nothing")
     plan: bool = opt(False, "print what the run would take of time, memory and disk, by its "
                      "settings and the models' config.json alone, and do not start")  # fmt: skip

@@ -329,7 +329,7 @@ def train_stage(
         guard.load_state_dict(run.resumed["guard"])
     saver = Saver(world, cfg.async_save and cfg.save_model)
     run.protect, run.pace = saver.protect, Pace(world, run.logger.say)
-    profiler = open_profiler(run) if cfg.profile else nullcontext()
+    profiler = open_profiler(run, plan.steps - start) if cfg.profile else nullcontext()
     try:
         with (
             quiet_gc(), profiler as step_done, StopSignals(world) as signals,
@@ -430,21 +430,23 @@ def one_step(
 
 
 @contextmanager
-def open_profiler(run: Run):
-    """torch.profiler over steps 3 to 5 of each stage; a Chrome trace lands in the run's folder.
-    Gives what is to be called after every step."""
+def open_profiler(run: Run, steps: int):
+    """torch.profiler over steps 3 to 5 of each stage, of several ranks over 11 to 13 of `steps` or
+    the last ones, for before that others may still compile. A Chrome trace lands in the run's
+    folder. Gives what is to be called after every step."""
     from torch.profiler import profile, schedule
 
     def save(prof) -> None:
         if run.world.is_main:
             prof.export_chrome_trace(str(run.folder / f"trace-{run.step}.json"))
 
-    steps = schedule(wait=1, warmup=1, active=3, repeat=1)
-    with profile(schedule=steps, on_trace_ready=save) as prof:
+    wait = 1 if run.world.size == 1 else max(1, min(9, steps - 4))
+    when = schedule(wait=wait, warmup=1, active=3, repeat=1)
+    with profile(schedule=when, on_trace_ready=save) as prof:
 
         def step_done() -> None:
-            if run.world.device.type == "cuda" and prof.step_num == 1:
-                torch.cuda.synchronize()  # or the trace would begin with kernels of step 2
+            if run.world.device.type == "cuda" and prof.step_num == wait:
+                torch.cuda.synchronize()  # or the trace would begin with earlier kernels
             prof.step()
 
         yield step_done

@@ -257,7 +257,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--flags", nargs="+", default=[], help="more for each run: --kernel=chunk")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--parity", action="store_true", help="one rank with the batch of more")
-    parser.add_argument("--profile", action="store_true", help="steps 3 to 5 of runs of several")
+    parser.add_argument("--profile", action="store_true", help="steps of runs of several")
     parser.add_argument("--json", default="", help="write the results here")
     parser.add_argument("--read", nargs="+", default=[], help="show these, measure nothing")
     args = parser.parse_args(argv)
