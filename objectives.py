@@ -15,9 +15,10 @@ from torch import Tensor, nn
 
 from config import StageConfig
 from data import Batch
-from distributed import GradientSums, World, sum_gradients
+from distributed import World, sum_gradients
 from evaluate import inputs
 from fsdp import average_whole_gradients, whole_part
+from gradient_sums import GradientSums
 from hybrid_layers import mixer_parameters
 from layers import SeqInfo
 from lora import lora_parameters

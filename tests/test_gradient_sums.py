@@ -11,7 +11,8 @@ import torch.multiprocessing as mp
 from conftest import leave
 from kit import random_ids, tiny_model
 
-from distributed import GradientSums, World
+from distributed import World
+from gradient_sums import GradientSums
 
 
 def sums_are_those_of_all(rank: int, ranks: int, rendezvous: str, message: int) -> None:
