@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from unittest import mock
 
 import pytest
 import torch
@@ -156,6 +157,10 @@ def model_in_pieces(rank: int, ranks: int, rendezvous: str, keep: bool) -> None:
     reshard(model)
     assert sharded == [n for n, p in model.named_parameters() if is_sharded(p)]
     assert seen == {"q": torch.bfloat16, "decay": torch.float32}
+    with mock.patch.object(dist, "all_to_all_single", wraps=dist.all_to_all_single) as sent, amp():
+        model(torch.randint(model.config.vocab_size, (1, 24))).float().sum().backward()
+    assert {call.args[1].dtype for call in sent.call_args_list} == {torch.bfloat16}
+    assert all(p.grad is None or p.grad.dtype == torch.float32 for p in model.parameters())
     state = optimizer.state_tensors()
     assert any(is_sharded(t) for n, t in state.items() if n.endswith("momentum_buffer"))
     assert not any(is_sharded(t) for n, t in state.items() if ".A_log." in n)
