@@ -23,6 +23,8 @@ from ops.block_ops import qk_rope
 from ops.cudnn_varlen import cudnn_varlen, has_cudnn_frontend
 from ops.short_conv import KERNELS as SHORT_CONVOLUTIONS
 
+PROJECTIONS = {what: f"{what}_proj" for what in "qkvo"}  # the Linear that makes it, in attention
+
 
 class RMSNorm(nn.Module):
     """x / sqrt(mean(x^2) + eps) * weight, in float32, over the last dimension (Zhang 2019)."""
@@ -351,6 +353,8 @@ def _varlen(kernel: str, q: Tensor, k: Tensor, v: Tensor, seq: SeqInfo, window: 
 
 class Attention(nn.Module):
     """Causal softmax attention with GQA; optional q/k-norm, biases, window and sink."""
+
+    projections = PROJECTIONS
 
     def __init__(self, config: ModelConfig, window: int):
         super().__init__()

@@ -79,18 +79,16 @@ def check_lora(cfg: DistillConfig) -> None:
 
 
 def add_lora(model: nn.Module, cfg: DistillConfig) -> None:
-    """An adapter on each target of every block's attention that has none yet, in place. UserError
-    where no layer has a target."""
-    wanted = [f"{name}_proj" for name in cfg.lora_targets.split(",")]
+    """An adapter on each target of every block's attention that has none yet, in place."""
+    wanted = cfg.lora_targets.split(",")
     for i, block in enumerate(model.layers):
         for k, name in enumerate(wanted):
-            linear = getattr(block.attention, name, None)
-            if type(linear) is nn.Linear:
+            path = block.attention.projections[name]
+            linear = block.attention.get_submodule(path)
+            if type(linear) is nn.Linear:  # mamba2 has one for q, k and v
                 seed = (cfg.seed * len(model.layers) + i) * len(wanted) + k
                 adapted = LoRALinear(linear, cfg.lora_rank, cfg.lora_alpha, cfg.lora_dropout, seed)
-                setattr(block.attention, name, adapted)
-    if not lora_parameters(model):
-        raise UserError(f"--lora_targets: {cfg.lora_targets} found, no layer has one of these")
+                block.attention.set_submodule(path, adapted)
 
 
 def lora_parameters(model: nn.Module) -> dict[str, nn.Parameter]:

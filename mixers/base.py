@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from cache import LayerCache
 from config import ModelConfig, Transfer, UserError
-from layers import RMSNorm, SeqInfo, ShortConvolution, last_tokens
+from layers import PROJECTIONS, RMSNorm, SeqInfo, ShortConvolution, last_tokens
 
 # SiLU(x) is near x / 2 for small x; the L2 norm (q, k) and the RMSNorm (v) take the scale out.
 QK_TAP = 0.03
@@ -43,6 +43,7 @@ class LinearMixer(nn.Module, ABC):
     gate_optional: ClassVar[bool] = False  # whether it can be without its output gate
     scales_o_proj: ClassVar[bool] = True  # whether `calibrate` does
     has_maps: ClassVar[bool] = False  # whether its weights are an attention map: `log_maps`
+    projections: ClassVar[dict[str, str]] = PROJECTIONS  # where another Linear makes q, k, v, o
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -157,6 +158,11 @@ class LinearMixer(nn.Module, ABC):
         """[B, T, H * K] -> [B, T, H, K]."""
         return x.unflatten(-1, (-1, self.key_dim))
 
+    def projected(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """q, k [B, T, H, K] and v [B, T, J, V] by q_proj, k_proj and v_proj."""
+        v = self.v_proj(x).unflatten(-1, (-1, self.value_dim))
+        return self.heads(self.q_proj(x)), self.heads(self.k_proj(x)), v
+
     def convolved(
         self, x: Tensor, seq: SeqInfo, held: dict[str, Tensor], keep: bool
     ) -> tuple[Tensor, Tensor, Tensor, dict[str, Tensor]]:
@@ -177,7 +183,8 @@ class LinearMixer(nn.Module, ABC):
         return {what: (layer.weight, layer.bias) for what, layer in layers.items()}
 
     def qkv(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """q, k [B, T, H, K] and v [B, T, J, V] right after projection (for the self-test)."""
+        """q, k [B, T, H, K] and v [B, T, J, V] right after projection, for the self-test: by the
+        weights, without adapters."""
         sizes = {"q": self.key_dim, "k": self.key_dim, "v": self.value_dim}
         return tuple(
             F.linear(x, weight, bias).unflatten(-1, (-1, sizes[what]))

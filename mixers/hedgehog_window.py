@@ -77,7 +77,7 @@ class HedgehogWindow(LinearMixer):
         self.init_transfer()
 
     def inputs(self, x: Tensor, seq: SeqInfo, held: dict[str, Tensor], keep: bool):
-        q, k, v = super().qkv(x)
+        q, k, v = self.projected(x)
         if self.q_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         q, k = apply_rope(q, seq.cos, seq.sin), apply_rope(k, seq.cos, seq.sin)

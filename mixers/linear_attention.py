@@ -56,7 +56,7 @@ class LinearAttention(LinearMixer):
         self.feature_map_k.init_weights()
 
     def inputs(self, x: Tensor, seq: SeqInfo, held: dict[str, Tensor], keep: bool):
-        q, k, v = self.qkv(x)
+        q, k, v = self.projected(x)
         if self.rope:
             q, k = apply_rope(q, seq.cos, seq.sin), apply_rope(k, seq.cos, seq.sin)
         return {"q": self.feature_map_q(q), "k": self.feature_map_k(k), "v": v}, None, {}

@@ -52,6 +52,7 @@ class Mamba2(LinearMixer):
     step = staticmethod(step_ssd)
     kept = 10
     grouped = True
+    projections = {**dict.fromkeys("qkv", "in_proj"), "o": "out_proj"}
 
     def __init__(self, config: ModelConfig):
         super().__init__(config)

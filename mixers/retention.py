@@ -46,7 +46,7 @@ class Retention(LinearMixer):
         self.g_norm_swish_gate = RMSNorm(self.value_dim, config.rms_norm_eps)
 
     def inputs(self, x: Tensor, seq: SeqInfo, held: dict[str, Tensor], keep: bool):
-        q, k, v = self.qkv(x)
+        q, k, v = self.projected(x)
         q, k = apply_rope(q, seq.cos, seq.sin), apply_rope(k, seq.cos, seq.sin)
         g = log_gamma(self.num_heads, v).expand(v.shape[:3])
         return {"q": q, "k": k, "v": v, "g": g}, None, {}

@@ -94,6 +94,7 @@ class RWKV6(LinearMixer):
     fla_op = "rwkv6"
     step = staticmethod(step_rwkv6)
     kept = 22
+    projections = {"q": "r_proj.linear", "k": "k_proj.linear", "v": "v_proj.linear", "o": "o_proj"}
 
     def __init__(self, config: ModelConfig):
         super().__init__(config)

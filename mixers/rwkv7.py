@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from config import ModelConfig
-from layers import SeqInfo, apply_rope, last_tokens, token_shift
+from layers import PROJECTIONS, SeqInfo, apply_rope, last_tokens, token_shift
 from mixers.base import LinearMixer, at_least_float32
 from ops.fla_kernels import RWKV7_LOWER_BOUND
 from ops.rwkv7 import KERNELS, step_rwkv7
@@ -67,6 +67,7 @@ class RWKV7(LinearMixer):
     step = staticmethod(step_rwkv7)
     passes = 4  # a^T S, b (a^T S), k v^T, S^T r
     kept = 22
+    projections = {**PROJECTIONS, "q": "r_proj"}
 
     def __init__(self, config: ModelConfig):
         super().__init__(config)

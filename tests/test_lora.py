@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import copy
+from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import call_script, metric_rows, run_python
-from kit import assert_close_rms, random_ids, tiny_model
+from kit import assert_close_rms, logits, random_ids, tiny_model
 from test_runs import kd_flags, weights
 from torch import nn
 
 from checkpoint import tensor_names
 from config import DistillConfig
+from distributed import World
+from hybrid_layers import MIXERS
 from lora import LoRALinear, add_lora, is_lora, lora_parameters, merge_lora
 from optimizer import param_role
+from trainer import seed_dropout
 
 
 def adapted(model, **changes):
@@ -74,6 +78,34 @@ def test_merged_is_the_same_and_leaves_a_shared_weight_alone():
     assert all(p.equal(before[n]) for n, p in model.named_parameters())
 
 
+def test_each_rank_drops_what_it_will():
+    drawn = set()
+    for step, rank in ((7, 0), (7, 1), (8, 0), (8, 1), (7, 1)):
+        world = World(rank, 2, torch.device("cpu"))
+        seed_dropout(SimpleNamespace(cfg=DistillConfig(), world=world, step=step))
+        drawn.add(torch.rand(()).item())
+    assert len(drawn) == 4
+
+
+@pytest.mark.parametrize("mixer", MIXERS)
+def test_every_adapter_of_every_mixer_counts(mixer):
+    """Each of q, k, v and o by itself changes what comes out, learns, and is merged."""
+    kinds = "FS" if mixer == "sliding_window" else "FL"
+    model = tiny_model(kinds, dtype=torch.float32, mixer=[mixer] * kinds.count("L"))
+    ids = random_ids(model, 2, 19)
+    plain, names = model(ids), {n for n, _ in model.named_parameters()}
+    for target in "qkvo":
+        new = adapted(model, lora_targets=target)
+        logits(new, ids).square().mean().backward()
+        grads = {n: p.grad for n, p in lora_parameters(new).items() if n.endswith("lora_B")}
+        assert len(grads) == 2 and all(g is not None and g.any() for g in grads.values()), target
+        unmerged = shaken(new)(ids)
+        assert (unmerged - plain).abs().max() > 1e-3, target
+        merge_lora(new)
+        assert_close_rms(new(ids), unmerged, 1e-5)
+        assert {n for n, _ in new.named_parameters()} == names, target
+
+
 def test_dropout_is_for_training_only():
     new = shaken(adapted(tiny_model("FL", dtype=torch.float32), lora_dropout=0.5)).train()
     ids = random_ids(new, 2, 19)
@@ -87,7 +119,7 @@ LORA = ("--distill_train=lora", "--lora_rank=4", "--distill_lr=1e-2")
 
 
 def test_a_stage_trains_adapters_alone(tiny_teacher, tiny_data, tmp_path, capsys):
-    often = ("--save_every=10", "--keep_checkpoints=9")
+    often = ("--save_every=10", "--keep_checkpoints=9", "--lora_dropout=0.1")
     call_script("train_kd", *kd_flags(tiny_teacher, tiny_data, tmp_path, "a", *LORA, *often))
     out = capsys.readouterr().out
     assert "lora: 16 adapters of rank 4 on q,k,v,o" in out
