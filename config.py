@@ -452,7 +452,8 @@ class DistillConfig(TrainConfig):
     cria_step: str = opt("all", "what of --cria to do in this process",
                          choices=("all", "shard", "collect", "train", "stitch"))  # fmt: skip
     cria_block: int = opt(-1, "train: this block alone; -1 = all that nobody else is at", low=-1)
-    cria_resident: int = opt(0, "collect: the teacher's blocks in memory at once; 0 = all", low=0)
+    cria_resident: int = opt(0, "collect: the teacher's blocks in memory at once, and those "
+                             "between that are not distilled; 0 = all", low=0)  # fmt: skip
     share_trunk: str = opt("auto", "one copy of the frozen trunk for teacher and student; "
                            "auto = when only mixers train", choices=("auto", "false"))  # fmt: skip
     teacher_float8: bool = opt(False, "distill and long: the teacher's matmuls in float8")

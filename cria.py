@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import dataclasses
 import fcntl
+import gc
 import os
 import shutil
 import time
@@ -43,7 +44,17 @@ from cria_files import (
     sealed,
     write_tensor_file,
 )
-from cria_job import Cria, Job, later_stages, load_block, name_of, prepare, say
+from cria_job import (
+    Cria,
+    Job,
+    later_stages,
+    load_block,
+    name_of,
+    prepare,
+    resident_groups,
+    saved_by,
+    say,
+)
 from data import PackedLoader
 from distributed import all_have_done, compile_blocks
 from evaluate import inputs
@@ -148,25 +159,14 @@ def row_sets(job: Job) -> Iterator[tuple[str, PackedLoader, list[int]]]:
     yield "inputs", loader, collected_rows(loader, plan.steps)
 
 
-def resident_groups(job: Job) -> list[range]:
-    """Blocks that are in memory together. The blocks behind the last input are not needed, and a
-    group begins where inputs are saved anyway."""
-    most = job.cfg.cria_resident or len(job.blocks)
-    starts = [0]
-    for b in job.trained:
-        if b - starts[-1] >= most:
-            starts.append(b)
-    last = job.trained[-1] + 1
-    return [range(a, z) for a, z in zip(starts, [*starts[1:], last], strict=True)]
-
-
 def collect(job: Job) -> None:
     """Save the inputs of all blocks; not again where every block is distilled."""
     if all(is_finished(job.result(b)) for b in job.trained):
         return
     for kind, loader, order in row_sets(job):
-        for group in resident_groups(job):
+        for group in resident_groups(job.trained, job.cfg.cria_resident):
             collect_group(job, kind, loader, order, group)
+            gc.collect()  # compiled blocks are in cycles, with their weights
 
 
 def collect_group(
@@ -174,8 +174,7 @@ def collect_group(
 ) -> None:
     """Run a group of blocks, from tokens or the inputs of its first, over all rows, and save the
     input of each block to distil, that of the next group among them."""
-    last = job.trained[-1]
-    saved = [b for b in job.trained if (b > group[0] or b == 0) and b <= min(group[-1] + 1, last)]
+    saved = saved_by(group, job.trained)
     background, copies = Background(), Copies(job.world.device)
     writers = {b: RowWriter(job.inputs(kind, b), len(order), background.put) for b in saved}
     begin = min((w.done for w in writers.values()), default=len(order))
@@ -279,6 +278,7 @@ def train(job: Job) -> None:
         with claimed(job.folder / "blocks" / f"{name_of(b)}.lock") as mine:
             if mine and not is_finished(job.result(b)):
                 train_block(job, b)
+                gc.collect()  # see collect
             elif not mine:
                 say(f"train: block {b} is another process's")
 

@@ -16,7 +16,7 @@ from torch import nn
 from config import DistillConfig, ModelConfig, UserError
 from cria_files import SavedRows, read_tensor_file, sealed, unsealed
 from distributed import World, main_first, start, this_process
-from hf import HYBRIDS, model_type, read_config
+from hf import HYBRIDS, load_type, model_type, read_config
 from hybrid_layers import resolve_kernels, use_kernels
 from layer_lists import auto_share
 from mixture import Mixture
@@ -185,7 +185,8 @@ def prepare(cfg: DistillConfig, argv: list[str]) -> Job:
     _, data, _ = main_first(ranks, lambda: open_data(cfg, tokenizer, build=True))
     names = [name for name in cfg.stage_names() if name in ("align", "block")]
     shape = block_config(student, largest(cut(student.num_hidden_layers, cfg.cria), layers))
-    plans = [plan_stage(cfg, n, getattr(cfg, n), world, i, shape) for i, n in enumerate(names)]
+    own = in_a_process(cfg)
+    plans = [plan_stage(own, n, getattr(cfg, n), world, i, shape) for i, n in enumerate(names)]
     for plan in plans:
         set_length(plan, cfg, data)
         plan.seed = plans[0].seed  # which rows have repeated spans hangs on it: those were saved
@@ -203,6 +204,11 @@ def prepare(cfg: DistillConfig, argv: list[str]) -> Job:
     return job
 
 
+def in_a_process(cfg: DistillConfig) -> DistillConfig:
+    """The settings of a block's own process, which cuts nothing over ranks."""
+    return dataclasses.replace(cfg, parallel="ddp", shard_ranks=0)
+
+
 def begin_folder(job: Job) -> None:
     """Make the run's folder; what is there already must be of this run."""
     path = job.folder / "cria.json"
@@ -213,6 +219,23 @@ def begin_folder(job: Job) -> None:
     else:
         job.folder.mkdir(parents=True, exist_ok=True)
         write_file(path, sealed(job.identity))
+
+
+def resident_groups(trained: list[int], most: int) -> list[range]:
+    """Blocks that are in memory together while collecting, `most` at once (0: all). A group begins
+    where inputs are saved anyway, so that it is longer where blocks without converted layers lie
+    between. What is behind the last input is not needed."""
+    starts = [0]
+    for b in trained:
+        if most and b - starts[-1] >= most:
+            starts.append(b)
+    return [range(a, z) for a, z in zip(starts, [*starts[1:], trained[-1] + 1], strict=True)]
+
+
+def saved_by(group: range, trained: list[int]) -> list[int]:
+    """Blocks whose inputs the pass over a group saves, that of the next group among them; the
+    input of its own first block it reads."""
+    return [b for b in trained if (b > group[0] or b == 0) and b <= group[-1] + 1]
 
 
 def later_stages(cfg: DistillConfig) -> list[str]:
@@ -230,7 +253,7 @@ def load_block(job: Job, b: int) -> Cria:
         _, layer, rest = name.split(".", 2)
         if not rest.endswith("rotary_emb.inv_freq"):
             tensors[f"layers.{int(layer) - block.start}.{rest}"] = tensor.to(
-                job.world.device, job.dtype
+                job.world.device, load_type(name, tensor, job.dtype)
             )
     missing = sorted(model.state_dict().keys() - tensors.keys())
     if missing:

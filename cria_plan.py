@@ -14,7 +14,18 @@ from pathlib import Path
 from budget import Budget, StageBudget
 from config import DistillConfig
 from cria_files import PART_BYTES, is_finished
-from cria_job import block_config, cut, largest, later_stages, refuse, result_of, with_any
+from cria_job import (
+    block_config,
+    cut,
+    in_a_process,
+    largest,
+    later_stages,
+    refuse,
+    resident_groups,
+    result_of,
+    saved_by,
+    with_any,
+)
 from flops import StageFlops, forward_flops, stage_flops
 from footprint import RUNTIME, held, meta_model, stage_memory
 from hf import read_config
@@ -46,7 +57,7 @@ def cria_budget(cfg: DistillConfig, full: bool = True) -> Budget:
     trained = with_any(blocks, layers)
     shapes = [(block_config(teacher, blocks[b]), block_config(student, blocks[b])) for b in trained]
     names = [n for n in cfg.stage_names() if n in ("align", "block")]
-    own = dataclasses.replace(cfg, stages=",".join(names), parallel="ddp")
+    own = dataclasses.replace(in_a_process(cfg), stages=",".join(names))
     most = trained.index(blocks.index(largest(blocks, layers)))
     m = machine(own, shapes[most][1])
     alone = dataclasses.replace(m, world=dataclasses.replace(m.world, size=1))
@@ -118,11 +129,13 @@ def collection(cfg, plan, teacher, blocks, trained, rows, m) -> StageBudget:
     last = blocks[trained[-1]].start
     before = block_config(teacher, range(last)) if last else None
     work = forward_flops(before, plan.stage.seq_len) if before else 0.0
-    resident = min(cfg.cria_resident or len(blocks), trained[-1])
+    groups = resident_groups(trained, cfg.cria_resident)
+    saves = [(group, saved_by(group, trained)) for group in groups]
+    resident = max((sum(b < s[-1] for b in group) for group, s in saves if s), default=0)
     layers = resident * cfg.cria
     sizes = held(meta_model(block_config(teacher, blocks[0]), m.dtype).named_parameters())
     tokens = plan.micro_batch * plan.stage.seq_len
-    saved = len(trained) if resident == trained[-1] else resident + 1
+    saved = max(len(s) for _, s in saves)
     row = plan.stage.seq_len * teacher.hidden_size * m.dtype.itemsize
     memory = {
         "runtime": RUNTIME[m.world.device.type],

@@ -35,6 +35,7 @@ from hf_files import (
     write_weights,
 )
 from model import Transformer
+from optimizer import param_role
 
 PLAIN = ("llama", "qwen2", "qwen3")
 HYBRIDS = ("qwen3_5_text", "bamba")
@@ -193,15 +194,16 @@ def stored_rows(
 def load_model(
     folder: str | Path, *, dtype: torch.dtype | None = None, device: torch.device | str = "cpu"
 ) -> Transformer:
-    """The model of a folder with its weights, in `dtype` (None: as stored). UserError when the
-    weights do not fit the config, naming the first key."""
+    """The model of a folder with its weights, in `dtype` (None: as stored; `load_type` has the
+    exceptions). UserError when the weights do not fit the config, naming the first key."""
     model = _empty_model(folder)
     found = {our_name(key): t for key, t in read_weights(folder).items()}
     kind = model_type(folder)
     if kind in HYBRIDS:
         found = hf_hybrids.from_weights(found, model.config, kind, folder)
     names = _fitting(folder, model, {name: t.shape for name, t in found.items()})
-    tensors = {n: found[n].to(device=device, dtype=dtype or found[n].dtype) for n in names}
+    types = {n: load_type(n, found[n], dtype) if dtype else found[n].dtype for n in names}
+    tensors = {n: found[n].to(device=device, dtype=types[n]) for n in names}
     model.load_state_dict(tensors, assign=True)
     return model
 
@@ -212,7 +214,17 @@ def load_shape(folder: str | Path, dtype: torch.dtype) -> Transformer:
     model = _empty_model(folder)
     with stored_rows(folder, model.config) as stored:
         _fitting(folder, model, {name: shape for name, (shape, _) in stored.items()})
-    return model.to(dtype)
+    for name, p in model.named_parameters():
+        p.data = p.data.to(load_type(name, p, dtype))
+    return model
+
+
+def load_type(name: str, tensor: Tensor, dtype: torch.dtype) -> torch.dtype:
+    """`dtype`; at least float32 for what is no matrix of a linear layer: in bfloat16 a decay of
+    many tokens would be another one."""
+    if ".linear_attn." in name and param_role(name, tensor) == "no_decay":
+        return torch.promote_types(dtype, torch.float32)
+    return dtype
 
 
 def _empty_model(folder: str | Path) -> Transformer:

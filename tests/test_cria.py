@@ -3,9 +3,10 @@ trained alone are the jointly aligned student, and whatever is stopped or damage
 
 from __future__ import annotations
 
-import dataclasses
+import gc
 import json
 import shutil
+import weakref
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -73,6 +74,33 @@ def live_inputs(model: Transformer, batch, layers) -> dict[int, torch.Tensor]:
     for hook in hooks:
         hook.remove()
     return found
+
+
+def test_a_block_is_gone_when_the_next_one_comes(flags, monkeypatch):
+    """Also where it is in a cycle, as a compiled one is."""
+    held = []
+    load = cria.load_block
+
+    def in_a_cycle(model):
+        model.itself = [model]
+
+    def alone(job, b):
+        assert not any(block() for block in held), b
+        model = load(job, b)
+        held.append(weakref.ref(model))
+        return model
+
+    gc.disable()
+    try:
+        monkeypatch.setattr(cria, "compile_wanted", lambda cfg, world: True)
+        monkeypatch.setattr(cria, "compile_blocks", in_a_cycle)
+        monkeypatch.setattr(cria, "load_block", alone)
+        job = job_of(flags("a", "--cria=1", "--cria_resident=1", "--align_tokens=640"))
+        for step in (shard, collect, cria.train):
+            step(job)
+    finally:
+        gc.enable()
+    assert len(held) == 3 * 2 + 4
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -446,11 +474,10 @@ def test_an_error_behind_the_scenes_is_raised(tmp_path):
 
 
 def test_groups_begin_where_inputs_are_saved(flags):
-    job = job_of(flags("a", "--cria=1", "--layers=1,3"))
     for most, groups in ((0, [range(4)]), (1, [range(1), range(1, 3), range(3, 4)]),
                          (2, [range(3), range(3, 4)])):  # fmt: skip
-        job.cfg = dataclasses.replace(job.cfg, cria_resident=most)
-        assert cria.resident_groups(job) == groups
+        assert cria_job.resident_groups([1, 3], most) == groups
+    assert [cria_job.saved_by(g, [1, 3]) for g in groups] == [[1, 3], []]
     assert cria_job.name_of(3) == "block-003"
 
 

@@ -39,6 +39,18 @@ def test_published_figures():
     assert one.stages[0].memory["teacher"] < 62e9
 
 
+def test_blocks_between_that_are_not_distilled_are_in_memory_too():
+    some = [*LARGE, "--cria=9", "--cria_resident=1", "--layers=0,60"]
+    held = [budget_of(f).stages[0].memory["teacher"] for f in ([*LARGE, "--cria=9"], some)]
+    assert held[1] == pytest.approx(held[0] * 6 / 13, rel=0.02)
+
+
+def test_how_the_whole_student_is_cut_over_ranks_is_not_the_blocks_matter():
+    more = ("--stages=align,distill", "--distill_train=lora", "--parallel=fsdp", "--shard_ranks=4")
+    budget = budget_of([*LARGE, "--cria=9", *more, "--align_unique_tokens=49152"])
+    assert [s.name for s in budget.stages] == ["collect", "align", "distill"]
+
+
 def test_fewer_layers_at_once_and_less_that_trains_take_less():
     whole = budget_of([*LARGE, "--cria=9"])
     small = budget_of([*LARGE, "--cria=4"])

@@ -8,13 +8,15 @@ import shutil
 
 import pytest
 import torch
-from kit import logits, random_ids, randomise, tiny_model
+from kit import assert_close_rms, logits, random_ids, randomise, tiny_model
 from safetensors.torch import load_file, save_file
 
 import hf_files
 from config import UserError
 from hf import load_model, load_shape, read_config, save_model, stock_type, tokenizer_spec
 from hf_files import fingerprint
+from hybrid_layers import MIXERS
+from optimizer import param_role
 
 transformers = pytest.importorskip("transformers")
 
@@ -195,6 +197,24 @@ def test_dtypes_on_load_and_save(tmp_path):
     for name, p in model.named_parameters():
         assert stored.get_parameter(name).dtype == torch.bfloat16
         assert torch.equal(wide.get_parameter(name), p.bfloat16().float())
+
+
+@pytest.mark.parametrize("mixer", MIXERS)
+def test_a_hybrid_is_no_other_in_bfloat16(mixer, tmp_path):
+    """As a teacher, whole or in FSDP2's pieces: matrices are rounded, decays, norms and
+    convolutions are not."""
+    kinds = "FS" if mixer == "sliding_window" else "FL"
+    model = tiny_model(kinds, dtype=torch.float32, mixer=[mixer] * kinds.count("L"))
+    save_model(model, tmp_path / "m", tokenizer_from="byte")
+    back = load_model(tmp_path / "m", dtype=torch.bfloat16)
+    types = {n: p.dtype for n, p in load_shape(tmp_path / "m", torch.bfloat16).named_parameters()}
+    for name, p in model.named_parameters():
+        kept = ".linear_attn." in name and param_role(name, p) == "no_decay"
+        want = p if kept else p.bfloat16()
+        assert back.get_parameter(name).dtype == types[name] == want.dtype, name
+        assert torch.equal(back.get_parameter(name), want), name
+    with torch.autocast("cpu", torch.bfloat16):
+        assert_close_rms(back(random_ids(model, 1, 33)), model(random_ids(model, 1, 33)), 0.05)
 
 
 def test_saving_replaces_the_folder_and_leaves_nothing_else(tmp_path):
