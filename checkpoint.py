@@ -366,7 +366,7 @@ def _fsync(path: Path) -> None:
 
 
 def _prune(folder: Path, step: int, keep: int) -> None:
-    finished = [p for p in list_checkpoints(folder) if _step(p) <= step]
+    finished = [p for p in list_checkpoints(folder) if step_of(p) <= step]
     for old in finished[:-keep]:
         # Renamed first: an interrupted deletion must not look like a damaged checkpoint.
         doomed = old.rename(old.with_name(old.name + ".tmp"))
@@ -466,10 +466,11 @@ def _step_folders(path: str | Path) -> list[Path]:
     if not folder.is_dir():
         return []
     steps = [p for p in folder.iterdir() if STEP_FOLDER.fullmatch(p.name) and p.is_dir()]
-    return sorted(steps, key=_step)
+    return sorted(steps, key=step_of)
 
 
-def _step(path: Path) -> int:
+def step_of(path: Path) -> int:
+    """The number of a step-N folder."""
     return int(STEP_FOLDER.fullmatch(path.name)[1])
 
 

@@ -374,6 +374,19 @@ def everyone(value, world: World) -> list:
     return found
 
 
+def require_same(found: dict[str, Any], world: World) -> None:
+    """flag -> what a rank chose by its own GPU. UserError where ranks differ: one would wait for
+    ever for what another does not do."""
+    every = everyone(found, world)
+    for flag in found:
+        seen = sorted({str(theirs[flag]) for theirs in every})
+        if len(seen) > 1:
+            raise UserError(
+                f"{flag}: {' and '.join(seen)} found, chosen by ranks whose GPUs have different "
+                f"memory; the flag itself expected"
+            )
+
+
 def gather_later(mine: Tensor, world: World) -> tuple[dist.Work, list[Tensor]]:
     """All ranks' values of a small CPU tensor, there when the work is done; nobody waits."""
     found = [torch.empty_like(mine) for _ in range(world.size)]

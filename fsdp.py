@@ -71,6 +71,12 @@ def keeps_gathered(cfg: TrainConfig, world: World, configs: Iterable[ModelConfig
     return 2 * params <= KEPT_SHARE * world.gpu_memory
 
 
+def parallel_flags(fsdp: bool, keep: bool) -> dict[str, str]:
+    """`wants_fsdp` and `keeps_gathered` as the flags that would say so."""
+    found = {"--parallel": "fsdp" if fsdp else "ddp"}
+    return found | {"--reshard_after_forward": "never" if keep else "always"} if fsdp else found
+
+
 def conflict(cfg: TrainConfig) -> str:
     """The first setting that needs whole models on every rank."""
     if not isinstance(cfg, DistillConfig):

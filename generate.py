@@ -185,6 +185,11 @@ def main(argv: list[str] | None = None) -> None:
             print(use_kernels(model, kernels, device), file=sys.stderr)
         prompts = args.prompt
         if args.chat:
+            if len(tokenizer.encode("<|im_start|>", special_tokens=True)) != 1:
+                raise UserError(
+                    f"--chat: {args.model} found, whose tokenizer has no <|im_start|>; a ChatML "
+                    f"model expected (SmolLM2, Qwen)"
+                )
             turns = "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"
             prompts = [turns.format(p) for p in prompts]
         ids = [tokenizer.encode(p, special_tokens=args.chat) for p in prompts]

@@ -152,6 +152,8 @@ def convert_layers(
         with torch.random.fork_rng([device] if device.type == "cuda" else []):
             torch.manual_seed(torch.initial_seed() + teacher.first_layer + i)
             mixer.from_attention(teacher.layers[i].self_attn, transfer)
+        if name == "sliding_window":  # a compiled model prepares the inputs of other kernels
+            mixer.compiled = block.self_attn.compiled
         del block.self_attn
         block.kind = config.layer_types[i]
         setattr(block, "linear_attn" if block.kind == "linear_attention" else "self_attn", mixer)

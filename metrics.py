@@ -209,8 +209,8 @@ def console_table(title: str, rows: list[dict], width: int = 120) -> None:
 
 
 class MetricsLogger:
-    """Console, `<run_dir>/metrics.jsonl` and, if asked for, a tracker. Ranks other than 0 do
-    nothing.
+    """Console, `<run_dir>/metrics.jsonl` and, if asked for, a tracker; without a run_dir the
+    console alone. Ranks other than 0 do nothing.
 
     metrics.jsonl has one strict-JSON object a line, flushed at once, with "step" and "stage" first
     and the console's keys; NaN and infinities, which JSON lacks, are null.
@@ -224,7 +224,7 @@ class MetricsLogger:
 
     def __init__(
         self,
-        run_dir: str | Path,
+        run_dir: str | Path | None,
         *,
         rank: int = 0,
         tracker: str = "none",
@@ -235,7 +235,7 @@ class MetricsLogger:
     ):
         self.file = self.tracker = self.header_stage = None
         self.active = rank == 0
-        if not self.active:
+        if not self.active or run_dir is None:
             return
         run_dir = Path(run_dir)
         run_dir.mkdir(parents=True, exist_ok=True)

@@ -305,8 +305,9 @@ def calibration_loader(cfg: DistillConfig, data: Mixture) -> PackedLoader:
     seq_len = min(512, cfg.calibrate_tokens)
     rows = max(1, cfg.calibrate_tokens // seq_len)
     return PackedLoader(
-        data, seq_len=seq_len, rows_per_step=rows, micro_batch=rows, seed=cfg.seed, prefetch=0
-    )
+        data, seq_len=seq_len, rows_per_step=rows, micro_batch=rows, seed=cfg.seed, prefetch=0,
+        doc_mask=cfg.doc_mask,
+    )  # fmt: skip
 
 
 @torch.no_grad()

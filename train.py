@@ -18,10 +18,18 @@ from budget import show_budget
 from cli import run_main
 from config import ModelConfig, PretrainConfig, UserError
 from data import eval_batches, require_rows
-from distributed import World, compile_blocks, main_first, start, stop, this_process
+from distributed import (
+    World,
+    compile_blocks,
+    main_first,
+    require_same,
+    start,
+    stop,
+    this_process,
+)
 from evaluate import Evaluator, completions, eval_rows
 from fast_tokenizer import Unsupported
-from fsdp import gathered, keeps_gathered, ranks_line, shard, wants_fsdp
+from fsdp import gathered, keeps_gathered, parallel_flags, ranks_line, shard, wants_fsdp
 from hf import load_model, read_config, save_model, tokenizer_spec
 from hf_files import fingerprint
 from hybrid_layers import convert_config, resolve_kernels, use_kernels
@@ -137,6 +145,8 @@ def pretrain(cfg: PretrainConfig, argv: list[str]) -> None:
     open_data(cfg, tokenizer)
     warm_up(config, kernels, cfg, world)
     start(world)
+    keep = fsdp and keeps_gathered(cfg, world, [config])
+    require_same(parallel_flags(fsdp, keep), world)
     dtype = set_up_torch(cfg, world)
     data, train_data, val_data = main_first(world, lambda: open_data(cfg, tokenizer, build=True))
     train_data.attach = retokenizer
@@ -187,7 +197,6 @@ def pretrain(cfg: PretrainConfig, argv: list[str]) -> None:
         if reference is not None and retokenizer is None:  # else of any length
             compile_blocks(reference)
     if fsdp:
-        keep = keeps_gathered(cfg, world, [config])
         shard(model, world, dtype=dtype, shard_ranks=cfg.shard_ranks, keep=keep, amp=run.amp)
     evaluator = Evaluator(held_out, None, amp=run.amp, world=world)
     if "pretrain" not in run.done:

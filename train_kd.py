@@ -29,13 +29,14 @@ from distributed import (
     choose_device,
     compile_blocks,
     main_first,
+    require_same,
     start,
     stop,
     this_process,
 )
 from evaluate import Evaluator, completions, eval_rows, zeroed_attention
-from fsdp import gathered, keeps_gathered, ranks_line, shard, wants_fsdp
-from hf import DTYPES, save_model
+from fsdp import gathered, keeps_gathered, parallel_flags, ranks_line, shard, wants_fsdp
+from hf import DTYPES, read_config, save_model
 from hybrid_layers import (
     cast_trunk,
     check_transfer,
@@ -108,7 +109,8 @@ class Samples:
         self.run, self.teacher, self.tokenizer = run, teacher, tokenizer
         self.theirs: list[str] = []
         self.path = run.folder / "samples.jsonl"
-        if run.world.is_main and run.resumed_from is not None:
+        again = run.resumed_from is not None or run.cfg.resume == "auto"
+        if run.world.is_main and again:
             trim_rows(self.path, run.step + 1)
 
     def write(self, student: Transformer) -> list[dict[str, str]]:
@@ -141,6 +143,9 @@ def distil(cfg: DistillConfig, argv: list[str]) -> None:
     open_data(cfg, tokenizer)
     warm_up(shape, kernels, cfg, world)
     start(world)
+    keep = fsdp and keeps_gathered(cfg, world, [read_config(cfg.teacher), shape])
+    micro_batches = {f"--{plan.name}_micro_batch": plan.micro_batch for plan in plans}
+    require_same(parallel_flags(fsdp, keep) | micro_batches, world)
     dtype = set_up_torch(cfg, world)
     if cfg.teacher_float8 and not (supports_float8(world.device) and dtype == torch.bfloat16):
         raise UserError(
@@ -192,7 +197,6 @@ def distil(cfg: DistillConfig, argv: list[str]) -> None:
         compile_blocks(teacher, hooks=fsdp)
         compile_blocks(student, hooks=fsdp)
     if fsdp:
-        keep = keeps_gathered(cfg, world, [teacher.config, shape])
         how = {"dtype": dtype, "shard_ranks": cfg.shard_ranks, "keep": keep, "amp": run.amp}
         for model, folder in ((teacher, cfg.teacher), (student, cfg.student)):
             shard(model, world, folder=folder, **how)
@@ -321,9 +325,15 @@ def describe(
     linear = [i for i in layers if student.config.layer_types[i] == "linear_attention"]
     if linear and teacher.config.attention_sink:
         say("note: the attention sinks of converted layers are not carried over")
+    longest = teacher.config.max_position_embeddings
     for plan in plans:
         say(plan.line(world))
         s, rows = plan.stage, plan.steps * plan.rows
+        if s.seq_len > longest:
+            say(
+                f"note: rows of {s.seq_len:,} tokens, max_position_embeddings of the teacher "
+                f"{longest:,}: positions behind it are new to it, and RoPE is not rescaled"
+            )
         if s.unique_tokens:
             rows = min(rows, max(1, s.unique_tokens // s.seq_len))
         say(f"{plan.name}: {rows_line(train_data, s.seq_len, rows)}")

@@ -152,14 +152,15 @@ def run_folder(cfg: TrainConfig, script: str) -> Path:
 
 def check_run_folder(cfg: TrainConfig) -> None:
     """Refuse to mix a new run into an old one's folder, before any work."""
-    if cfg.resume not in ("never", "auto"):
-        if not Path(cfg.resume).exists():
-            raise UserError(f"--resume: no checkpoint or run {cfg.resume}; never or auto also work")
-        return
+    if cfg.resume not in ("never", "auto") and not Path(cfg.resume).exists():
+        raise UserError(f"--resume: no checkpoint or run {cfg.resume}; never or auto also work")
     if cfg.resume == "auto" and not cfg.run:
         raise UserError("--resume: auto found without --run, the name of the run to go on with")
     folder = run_folder(cfg, "")
-    if cfg.run and cfg.resume == "never" and folder.exists() and any(folder.iterdir()):
+    if not cfg.run or cfg.resume == "auto" or not folder.exists() or not any(folder.iterdir()):
+        return
+    resumed = Path(cfg.resume).resolve()
+    if cfg.resume == "never" or folder.resolve() not in (resumed, *resumed.parents):
         raise UserError(f"--run: {folder} exists already; another name, or --resume auto, expected")
 
 
@@ -167,7 +168,8 @@ def open_run(
     cfg: TrainConfig, argv: list[str], world: World, identity: dict, *, script: str,
     dtype: torch.dtype, stages: list[str],
 ) -> Run:  # fmt: skip
-    """Make or reopen the run's folder, find the checkpoint to go on from, start the log."""
+    """Make or reopen the run's folder, find the checkpoint to go on from, start the log. Of a dry
+    run there is no folder."""
     folder = Path(main_says(str(run_folder(cfg, script)), world))
     found, state = None, None
     if cfg.resume == "auto":
@@ -186,7 +188,7 @@ def open_run(
         if cfg.resume not in ("auto", "never") and not cfg.run:
             folder = found.parent.parent  # go on where the checkpoint lies
     logger = MetricsLogger(
-        folder, rank=world.rank, project=cfg.wandb_project,
+        None if cfg.dry_run else folder, rank=world.rank, project=cfg.wandb_project,
         tracker="wandb" if cfg.wandb_enabled else cfg.tracker,
         run_name=folder.name, config=to_dict(cfg),
         resume_step=state["step"] + 1 if state else (0 if cfg.resume == "auto" else None),
@@ -196,7 +198,13 @@ def open_run(
         run.step = state["step"]
         run.done = set(state["done"])
         logger.say(f"resuming at step {run.step} from {found}")
-    if world.is_main:
+        later = [p for p in checkpoint.list_checkpoints(folder) if checkpoint.step_of(p) > run.step]
+        if later:
+            logger.say(
+                f"note: {later[-1]} and what else is of later steps stays; --resume auto would go "
+                f"on from there"
+            )
+    if world.is_main and not cfg.dry_run:
         cuda = world.device.type == "cuda"
         record = {
             "command": shlex.join([f"{script}.py", *argv]), "commit": git_commit(),
@@ -400,11 +408,19 @@ def quiet_gc():
             gc.enable()
 
 
+def seed_dropout(run: Run) -> None:
+    """Each rank drops what it will, and a run that goes on the same as it would have."""
+    world = run.world
+    torch.manual_seed(run.cfg.seed + 1_000_003 * (run.step * world.size + world.rank))
+
+
 def one_step(
     run: Run, plan: StagePlan, step: int, objective, optimizer, loader, guard: StepGuard
 ) -> dict:  # fmt: skip
     """One optimizer step; returns 0-d tensors and numbers, without waiting for the device."""
     stage, world = plan.stage, run.world
+    if stage.train == "lora" and run.cfg.lora_dropout:
+        seed_dropout(run)
     factor = lr_factor(
         step, schedule=stage.schedule, total_steps=plan.steps, warmup_steps=stage.warmup_steps,
         min_ratio=stage.min_lr_ratio, decay_fraction=stage.decay_fraction,

@@ -18,6 +18,23 @@ ROOT = Path(__file__).resolve().parent.parent
 TEXT = "the quick brown fox jumps over the lazy dog while {} red hens count {} eggs again. "
 
 
+def _cores() -> int:
+    known = hasattr(os, "sched_getaffinity")  # not on macOS
+    return len(os.sched_getaffinity(0)) if known else os.cpu_count() or 1
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers(config) -> int:
+    """`-n auto`: a core each; with a GPU no more than fit on it."""
+    return min(_cores(), 4 if torch.cuda.is_available() else 16)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_setupnodes(config, specs) -> None:
+    """Workers, and what they start, share the cores."""
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, _cores() // len(specs))))
+
+
 def tiny_config(**changes):
     """A 4-layer Llama-shaped config over bytes with grouped heads."""
     from config import ModelConfig

@@ -251,6 +251,8 @@ def test_a_run_is_never_overwritten(refused, tiny_data, tmp_path):
     (tmp_path / "old" / "metrics.jsonl").write_text("precious\n")
     argv = [f"--save_model_dir={tmp_path}", "--run=old", f"--data={tiny_data}"]
     assert "exists already" in refused("train", *argv)
+    (tmp_path / "other").mkdir()  # nor by what goes on with another one's checkpoint
+    assert "exists already" in refused("train", *argv, f"--resume={tmp_path / 'other'}")
     assert (tmp_path / "old" / "metrics.jsonl").read_text() == "precious\n"
 
 

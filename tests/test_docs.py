@@ -19,7 +19,6 @@ from shards import TokenDataset
 
 PAGES = ["README.md", *sorted(str(p.relative_to(ROOT)) for p in (ROOT / "docs").glob("*.md"))]
 STARTS = ("python ", "torchrun ", "make ", "uv ", "pip ")
-RECURSIVE = ("make test", "make demo", "make smoke")  # the suite itself; tests below run the rest
 
 
 def commands(page: str) -> list[str]:
@@ -124,18 +123,20 @@ def as_here(command: str) -> list[str]:
     return words
 
 
+def first_seen(page: str) -> list[str]:
+    """The page's commands that no page before it has; make's recipes are among these."""
+    before = {c for p, c in EVERY if PAGES.index(p) < PAGES.index(page)}
+    found = dict.fromkeys(c for p, c in EVERY if p == page and c not in before)
+    return [c for c in found if not c.startswith(("make", "uv", "pip"))]
+
+
 @pytest.mark.slow
-def test_every_command_runs(checkout):
+@pytest.mark.parametrize("page", [page for page in PAGES if first_seen(page)])
+def test_every_command_runs(page, checkout):
     if not (ROOT / "models" / "smollm2-135m" / "config.json").is_file():
         pytest.fail("models/smollm2-135m is missing: make test-slow fetches it")
     env = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
-    seen = set()
-    for page, command in EVERY:
-        if command.startswith(RECURSIVE) or command.startswith(("make", "uv", "pip")):
-            continue  # make's recipes are the commands below
-        if command in seen:
-            continue
-        seen.add(command)
+    for command in first_seen(page):
         words = as_here(command)
         result = subprocess.run(
             words, cwd=checkout, env=env, capture_output=True, text=True, timeout=900

@@ -15,7 +15,9 @@ from processes import driver
 from test_runs import kd_flags, train_flags, weights
 from torch import nn
 
-from config import DistillConfig
+import distributed
+import fsdp
+from config import DistillConfig, UserError
 from distributed import World
 from fsdp import (
     add_pieces,
@@ -341,6 +343,20 @@ def test_compiled_and_in_bfloat16(tiny_data, tmp_path):
     for kind, tolerance in (("to", 1e-5), ("dt", 3e-3)):
         one, two = (metric_rows(tmp_path / f"{n}{kind}") for n in ("plain", "fsdp"))
         assert list(one.values()) == pytest.approx(list(two.values()), rel=tolerance)
+
+
+def test_ranks_choose_the_same(monkeypatch):
+    """By the memory of unlike GPUs they would not, and one would wait for the other."""
+    world = World(0, 2, torch.device("cpu"))
+    theirs = fsdp.parallel_flags(True, False) | {"--align_micro_batch": 8}
+    monkeypatch.setattr(distributed, "everyone", lambda value, world: [value, theirs])
+    distributed.require_same(dict(theirs), world)
+    for flag, mine in (("--align_micro_batch", 4), ("--reshard_after_forward", "never")):
+        with pytest.raises(UserError, match=f"{flag}: .* and .* found"):
+            distributed.require_same(theirs | {flag: mine}, world)
+    monkeypatch.setattr(distributed, "everyone", lambda value, world: [value, theirs])
+    with pytest.raises(UserError, match="--parallel: ddp and fsdp found"):
+        distributed.require_same(fsdp.parallel_flags(False, False), world)
 
 
 def test_what_needs_whole_models_is_refused(tiny_teacher, tiny_data, tmp_path, refused):

@@ -134,7 +134,14 @@ def test_command_with_several_prompts(folder, capsys):
     assert lines.startswith("ab c") and "\nd" in lines
 
 
-@pytest.mark.parametrize("flags", [[], ["--temperature", "1"], ["--chat", "--top_p", "0.5"]])
+def test_chat_is_for_models_that_know_its_turns(folder, capsys):
+    with pytest.raises(SystemExit) as stop:
+        script.main([folder, "hi", "--device", "cpu", "--chat"])
+    err = capsys.readouterr().err
+    assert stop.value.code == 2 and err.startswith("error: --chat: ") and err.count("\n") == 1
+
+
+@pytest.mark.parametrize("flags", [[], ["--temperature", "1", "--top_p", "0.5"]])
 def test_command(folder, flags, capsys):
     script.main([folder, "ab c", "--max_new_tokens", "5", "--device", "cpu", *flags])
     out = capsys.readouterr().out
@@ -159,8 +166,8 @@ def test_chat_encodes_control_tokens_as_such(folder, monkeypatch):
     monkeypatch.setattr(script, "load_tokenizer", lambda spec: Spy())
     for flags in ([], ["--chat"]):
         script.main([folder, "hi", "--max_new_tokens", "1", "--device", "cpu", *flags])
-    assert asked[0] == ("hi", False)
-    text, special = asked[1]
+    assert asked[:2] == [("hi", False), ("<|im_start|>", True)]
+    text, special = asked[2]
     assert special and text.startswith("<|im_start|>user\nhi<|im_end|>\n")
 
 

@@ -12,13 +12,20 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import ROOT, call_script, metric_rows, run_python
 
 from checkpoint import tensor_names
+from config import DistillConfig
+from distributed import World
 from hf import load_model, read_config
+from mixture import open_corpora
+from student import calibration_loader
+from tokenizer import load_tokenizer
+from train_kd import Samples
 from trainer import quiet_gc
 
 
@@ -137,6 +144,31 @@ def test_a_table_that_is_not_whole_stops_no_resume(tiny_teacher, tiny_data, tmp_
     assert '"step": 99' not in samples.read_text()
 
 
+def test_samples_of_a_run_killed_before_its_first_save(tmp_path):
+    (tmp_path / "samples.jsonl").write_text('{"step": 2, "samples": []}\n')
+    run = SimpleNamespace(
+        folder=tmp_path, world=World(0, 1, torch.device("cpu")), cfg=DistillConfig(resume="auto"),
+        resumed_from=None, step=0,
+    )  # fmt: skip
+    Samples(run, None, None)
+    assert (tmp_path / "samples.jsonl").read_text() == ""
+
+
+def test_calibration_sees_rows_as_the_run_does(tiny_data):
+    data = open_corpora(tiny_data, load_tokenizer("byte"), "concatenate")[1]
+    for mask in (True, False):
+        (batch,) = calibration_loader(DistillConfig(doc_mask=mask), data).next_step()
+        assert (batch.cu_seqlens is None) != mask
+
+
+def test_going_back_is_told_what_auto_would_do(tiny_data, tmp_path, capsys):
+    call_script("train", *train_flags(tiny_data, tmp_path, "a", "--save_every=2"))
+    for step, told in ((6, False), (4, True)):
+        at = f"--resume={tmp_path / 'a' / 'checkpoints' / f'step-{step}'}"
+        call_script("train", *train_flags(tiny_data, tmp_path, "a", "--dry_run"), at)
+        assert ("step-6 and what else is of later steps" in capsys.readouterr().out) == told
+
+
 def test_repeated_rows_are_a_setting_of_a_stage(tiny_teacher, tiny_data, tmp_path):
     first = {}
     for name, more in (("a", []), ("b", ["--distill_repeat_rows=1"])):
@@ -192,9 +224,18 @@ def test_the_garbage_collector_rests_while_training(enabled):
 
 
 def test_dry_run_trains_nothing(tiny_teacher, tiny_data, tmp_path, capsys):
-    call_script("train_kd", *kd_flags(tiny_teacher, tiny_data, tmp_path, "a", "--dry_run"))
-    assert "dry run" in capsys.readouterr().out
-    assert metric_rows(tmp_path / "a") == {}
+    flags = kd_flags(tiny_teacher, tiny_data, tmp_path, "a", "--max_steps=2")
+    long = ("--stages=align,long", "--long_seq_len=8192", "--long_batch_tokens=8192")
+    call_script("train_kd", *flags, *long, "--dry_run")
+    out = capsys.readouterr().out
+    assert "dry run" in out and "note: rows of 8,192 tokens" in out
+    call_script("train", *train_flags(tiny_data, tmp_path, "b", "--dry_run"))
+    assert "dry run" in capsys.readouterr().out and not list(tmp_path.iterdir())
+    call_script("train_kd", *flags)
+    before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
+    call_script("train_kd", *flags, f"--resume={tmp_path / 'a'}", "--dry_run")
+    assert "resuming at step" in capsys.readouterr().out
+    assert {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()} == before
 
 
 def test_a_teacher_in_float8_needs_a_gpu(refused, tiny_teacher, tiny_data, tmp_path):

@@ -100,6 +100,17 @@ def test_restore_is_the_inverse_of_convert(kinds, share):
     assert student(ids).equal(teacher(ids))
 
 
+def test_a_layer_of_a_compiled_model_is_compiled_too():
+    """The model prepares inputs for one kernel, which its layers have to take."""
+    model = tiny_model("FF", dtype=torch.float32)
+    for m in (model, *(block.self_attn for block in model.layers)):
+        m.compiled = True
+    own = convert_layers(model, [0], mixer="sliding_window", linear_window=4)
+    assert own.layers[0].self_attn.compiled and own.layers[1].self_attn.compiled
+    lengths = torch.tensor([0, 5, 12], dtype=torch.int32)
+    own(torch.zeros(1, 12, dtype=torch.int64), cu_seqlens=lengths)
+
+
 def test_mixers_of_another_shape_are_refused():
     teacher = tiny_model("FFF", dtype=torch.float32)
     student = convert_layers(teacher, [0, 1])
