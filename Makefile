@@ -11,7 +11,7 @@ MODEL := models/smollm2-135m/config.json
 setup: $(VENV)/.done
 
 $(VENV)/.done: pyproject.toml constraints.txt
-	@if command -v uv >/dev/null; then uv venv -q --allow-existing $(VENV) && \
+	@if command -v uv >/dev/null; then uv venv -q --seed --allow-existing $(VENV) && \
 	  uv pip install -q -p $(PY) -c constraints.txt -e ".[dev]"; \
 	else python3 -m venv $(VENV) && $(PY) -m pip install -q -c constraints.txt -e ".[dev]"; fi
 	@touch $@
@@ -27,11 +27,14 @@ smoke: setup
 	$(PY) train_kd.py --config configs/smoke-kd.yaml --teacher runs/smoke-$(STAMP)/model \
 	  --layers 3:1 --torch_compile=False --run smoke-kd-$(STAMP)
 
+# As many workers as tests/conftest.py says.
+PYTEST = $(PY) -m pytest -n auto --dist worksteal
+
 test: setup
-	$(PY) -m pytest
+	$(PYTEST)
 
 test-slow: setup $(MODEL)
-	$(PY) -m pytest -m slow
+	$(PYTEST) -m slow
 
 lint: setup
 	$(PY) -m ruff check .
