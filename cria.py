@@ -34,7 +34,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from config import DistillConfig, UserError
+from config import DIVERGED, DistillConfig, Stopped, UserError
 from cria_files import (
     Background,
     RowWriter,
@@ -56,7 +56,7 @@ from cria_job import (
     say,
 )
 from data import PackedLoader
-from distributed import all_have_done, compile_blocks
+from distributed import all_have_done, compile_blocks, tell_failure
 from evaluate import inputs
 from hf import stock_type, write_folder
 from hf_files import our_name, read_weights
@@ -90,7 +90,8 @@ def run(cfg: DistillConfig, argv: list[str]) -> DistillConfig | None:
     settings of the ordinary run that is left to do with the stitched student, None where there is
     none."""
     job = prepare(cfg, argv)
-    cfg, steps = job.cfg, {"shard": shard, "collect": collect, "train": train, "stitch": stitch}
+    cfg = job.cfg
+    steps = {"shard": shard, "collect": collect, "train": train_as_one_of_many, "stitch": stitch}
     if job.ranks.is_main:
         say(
             f"cria: layers {job.student.layer_map()} in {len(job.blocks)} blocks of {cfg.cria}, "
@@ -105,7 +106,7 @@ def run(cfg: DistillConfig, argv: list[str]) -> DistillConfig | None:
             steps[name](job)
         elif name == "train":
             with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere):
-                train(job)  # each block's folder has its log
+                train_as_one_of_many(job)  # each block's folder has its log
         all_have_done(name, job.ranks)
     later = later_stages(cfg)
     if cfg.cria_step != "all" or not later:
@@ -113,6 +114,17 @@ def run(cfg: DistillConfig, argv: list[str]) -> DistillConfig | None:
     return dataclasses.replace(
         cfg, student=str(job.folder / "student"), stages=",".join(later), cria=0
     )
+
+
+def train_as_one_of_many(job: Job) -> None:
+    """`train` on a rank that others wait for: a block that diverges is a failure to them, though a
+    run of its own has only stopped."""
+    try:
+        train(job)
+    except Stopped as stopped:
+        if stopped.code == DIVERGED and job.ranks.size > 1:
+            tell_failure(stopped)
+        raise
 
 
 # ---- shard

@@ -227,9 +227,7 @@ def stop() -> None:
         return
     error = sys.exception()
     if error is not None and not isinstance(error, Stopped):
-        told = first = f"rank {dist.get_rank()}: {error_line(error)}"
-        with contextlib.suppress(Exception):  # the store's host may be gone
-            first = _store.compare_set(FAILURE, "", told).decode()
+        told, first = tell_failure(error)
         if first != told and isinstance(error, RuntimeError):  # DistError, gloo's and NCCL's are
             raise Stopped(1, f"stopped, since another rank failed: {first}")
     else:
@@ -240,6 +238,14 @@ def stop() -> None:
             while store.add("left", 0) < dist.get_world_size() and time.monotonic() < deadline:
                 time.sleep(0.01)
         dist.destroy_process_group()
+
+
+def tell_failure(error: BaseException) -> tuple[str, str]:
+    """Tell the other ranks what ended this one: (what was told, what the first to fail told)."""
+    told = first = f"rank {dist.get_rank()}: {error_line(error)}"
+    with contextlib.suppress(Exception):  # the store's host may be gone
+        first = _store.compare_set(FAILURE, "", told).decode()
+    return told, first
 
 
 def error_line(error: BaseException) -> str:

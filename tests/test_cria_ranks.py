@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from unittest import mock
 
 import pytest
 import torch
@@ -12,8 +13,9 @@ from processes import driver
 from test_cria import flags  # noqa: F401, a fixture
 from test_runs import weights
 
+import cria
 import distributed
-from config import Stopped
+from config import DIVERGED, Stopped
 
 
 @pytest.mark.slow
@@ -63,6 +65,20 @@ if os.environ["RANK"] == "1":
     )
     assert result.returncode and "error: rank 1: KeyError: 'boom'" in result.stderr
     assert time.monotonic() - begun < 60 and not (tmp_path / "a" / "cria" / "student").exists()
+
+
+def test_a_block_that_diverges_is_a_failure_to_the_others(monkeypatch):
+    """Who stops it, a signal say, stops the others too; that it diverged they do not know."""
+    store, job = torch.distributed.HashStore(), mock.Mock()
+    job.ranks = distributed.World(1, 2, torch.device("cpu"))
+    monkeypatch.setattr(distributed, "_store", store)
+    monkeypatch.setattr(torch.distributed, "get_rank", lambda: 1)
+    for code, told in ((143, False), (DIVERGED, True)):
+        monkeypatch.setattr(cria, "train", mock.Mock(side_effect=Stopped(code, "given up")))
+        with pytest.raises(Stopped, match="given up"):
+            cria.train_as_one_of_many(job)
+        assert store.check([distributed.FAILURE]) == told
+    assert store.get(distributed.FAILURE) == b"rank 1: Stopped: given up"
 
 
 def test_what_ranks_do_alone_ends_together(monkeypatch):
