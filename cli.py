@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import errno
+import itertools
 import math
 import os
 import sys
@@ -28,10 +29,16 @@ STORAGE = {
 }  # fmt: skip
 
 
+class Bare(str):
+    """The value that fire gives a flag without one."""
+
+
 def _coerce(flag: str, text, annotation, meta):
     """Value of `text` under a field's annotation and allowed range, or UserError."""
     kind = annotation.__name__ if isinstance(annotation, type) else str(annotation)
     raw = str(text).strip()
+    if isinstance(text, Bare) and annotation is str and "true" not in (meta.get("choices") or ()):
+        raise UserError(f"--{flag}: no value found, --{flag} VALUE expected")
     try:
         if annotation is bool:
             value = {"true": True, "1": True, "yes": True, "false": False, "0": False,
@@ -104,18 +111,33 @@ def read_yaml(path: str | Path) -> dict[str, str]:
         raise UserError(f"--config: no file {path}; there are: {have or 'none'}")
     try:
         # BaseLoader keeps every scalar as text: no sexagesimal 3:1, no 1e-3 read as a string.
-        tree = yaml.load(path.read_text(), Loader=yaml.BaseLoader) or {}
+        tree = yaml.load(path.read_text(), Loader=EachOnce) or {}
     except yaml.YAMLError as e:
         raise UserError(f"--config: {path} is not YAML: {' '.join(str(e).split())}") from None
     if not isinstance(tree, dict):
         raise UserError(f"--config: {path} holds a {type(tree).__name__}, settings expected")
     flat = {}
     for key, value in tree.items():
-        if isinstance(value, dict):
-            flat.update({f"{key}_{k}": v for k, v in value.items()})
-        else:
-            flat[key] = ",".join(value) if isinstance(value, list) else value
+        inside = {f"{key}_{k}": v for k, v in value.items()} if isinstance(value, dict) else {}
+        for flag, found in (inside or {key: value}).items():
+            if flag in flat:
+                raise UserError(f"{path}: {flag} found twice, once expected")
+            items = found if isinstance(found, list) else [found]
+            if not all(isinstance(item, str) for item in items):
+                raise UserError(f"{path}: {flag}: '{found}' found, a value or a list expected")
+            flat[flag] = ",".join(items)
     return flat
+
+
+class EachOnce(yaml.BaseLoader):
+    """Of a setting that is there twice YAML would silently take the last one."""
+
+    def construct_mapping(self, node, deep=False):
+        found = [self.construct_object(key, deep) for key, _ in node.value]
+        twice = [key for i, key in enumerate(found) if key in found[:i]]
+        if twice:
+            raise yaml.YAMLError(f"{twice[0]} found twice")
+        return super().construct_mapping(node, deep)
 
 
 def load_config(cls, flags: dict[str, str], preset: str | Path | None):
@@ -132,7 +154,7 @@ def load_config(cls, flags: dict[str, str], preset: str | Path | None):
     if cfg.plan_device and not cfg.plan:
         raise UserError(f"--plan_device: {cfg.plan_device} found, --plan expected too")
     if isinstance(cfg, DistillConfig):
-        if cfg.keep_layers and "layers" in flags:
+        if cfg.keep_layers and level.get("layers", 0) >= level["keep_layers"]:
             raise UserError("--keep_layers: not together with --layers, it is the complement")
         for name in STAGES:
             stage = getattr(cfg, name)
@@ -201,6 +223,10 @@ def parse_argv(argv: list[str]) -> tuple[str | None, dict[str, str]]:
 
     fire.Fire(fire.decorators.SetParseFn(str)(main), command=list(argv), name="train")
     args, preset, overrides = collected[0]
+    for word, after in itertools.pairwise([*argv, "--"]):
+        name = word.removeprefix("--").replace("-", "_")
+        if word.startswith("--") and after.startswith("--") and overrides.get(name) == "True":
+            overrides[name] = Bare("True")
     if len(args) > 1 or (args and preset):
         raise UserError(f"'{args[-1]}' found, one preset and --name=value flags expected")
     return (preset or (args[0] if args else None)), overrides

@@ -108,7 +108,7 @@ def repeat_spans(tokens: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     ones alike often on a logarithmic scale. Half of them begin anywhere before, half at a distance
     that is as often short as long on that scale."""
     tokens, low, high = tokens.copy(), *np.log(REPEATED)
-    at = len(tokens) // 8
+    at = max(1, len(tokens) // 8)
     while at < len(tokens):
         span = min(int(np.exp(rng.uniform(low, high))), at, len(tokens) - at)
         first = int(rng.integers(at - span + 1))

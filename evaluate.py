@@ -179,7 +179,7 @@ def completions(
     with amp():
         for prompt in prompts:
             new = generate(
-                model, tokenizer.encode(prompt), tokens, temperature=temperature,
+                model, tokenizer.prompt(prompt), tokens, temperature=temperature,
                 eos=tokenizer.eos_token_id, generator=torch.Generator(device).manual_seed(0),
             )  # fmt: skip
             texts.append(tokenizer.decode(new))
@@ -229,11 +229,18 @@ def ask(
 
 
 def label_bytes(batches: list[Batch], tokenizer) -> int:
-    """UTF-8 bytes of the labels that count. Exact but for characters that a row's end cuts."""
-    total = 0
+    """UTF-8 bytes of text in the labels that count: those of control tokens, an end of text among
+    them, are none."""
+    table = tokenizer.token_bytes()
+    if table is not None:
+        sizes = torch.tensor([len(b) for b in table])
+        labels = torch.cat([batch.labels[batch.labels >= 0] for batch in batches])
+        return int(sizes[labels[labels < len(sizes)]].sum())
+    control, total = {tokenizer.eos_token_id, tokenizer.bos_token_id}, 0
     for batch in batches:
         for row in batch.labels.reshape(-1, batch.max_seqlen).tolist():
-            for known, some in itertools.groupby(row, lambda label: label >= 0):
+            text = lambda label: label >= 0 and label not in control  # noqa: E731
+            for known, some in itertools.groupby(row, text):
                 if known:
                     total += len(tokenizer.decode(list(some)).encode())
     return total
@@ -258,6 +265,7 @@ def score_domains(model, teacher, tokenizer, args, amp=nullcontext) -> dict[str,
     found = {}
     for name, spec in parse_domains(args.data).items():
         data = TokenDataset.open(resolve_data(spec, tokenizer), "val")
+        data.check_tokenizer(tokenizer)
         batches = eval_batches(
             data, seq_len=args.seq_len, max_tokens=args.eval_tokens,
             micro_batch=eval_rows(args.seq_len, choose_device(args.device)),
@@ -372,7 +380,7 @@ def evaluate(args) -> dict:
     amp = partial(torch.autocast, device.type, torch.bfloat16, enabled=kind == "bfloat16")
     prompt = None
     if asked or args.sample_tokens:
-        prompt = min((q.prompt for q in asked), key=len, default=tokenizer.encode(PROMPTS[0]))
+        prompt = min((q.prompt for q in asked), key=len, default=tokenizer.prompt(PROMPTS[0]))
     models = {}
     for who, folder in (("student", args.model), ("teacher", args.teacher)):
         if not folder:

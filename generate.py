@@ -192,7 +192,7 @@ def main(argv: list[str] | None = None) -> None:
                 )
             turns = "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"
             prompts = [turns.format(p) for p in prompts]
-        ids = [tokenizer.encode(p, special_tokens=args.chat) for p in prompts]
+        ids = [tokenizer.prompt(p, special_tokens=args.chat) for p in prompts]
         generator = torch.Generator(device).manual_seed(args.seed)
         amp = torch.autocast("cuda", torch.bfloat16, enabled=device.type == "cuda")
         with amp:

@@ -71,10 +71,11 @@ def read_weights(
 
 
 def weight_files(folder: Path, wanted: Callable[[str], bool] = lambda name: True) -> list[Path]:
-    """`model.safetensors`, or the files that have wanted tensors by the index, there or not."""
-    index = folder / "model.safetensors.index.json"
-    if not index.is_file():
-        return [folder / "model.safetensors"]
+    """`model.safetensors`, or the files that have wanted tensors by the index, there or not. Where
+    both are, the one file, as in transformers."""
+    index, one = folder / "model.safetensors.index.json", folder / "model.safetensors"
+    if one.is_file() or not index.is_file():
+        return [one]
     names = read_json(index).get("weight_map")
     if not names:
         raise UserError(f"{index}: no weight_map found")

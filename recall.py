@@ -168,6 +168,8 @@ def questions(
                 for sample in range(samples):
                     rng = random.Random(f"{seed}/{task}/{length}/{depth}/{sample}")
                     found += TASKS[task](tokenizer.encode, rng, length, depth)
+    for question in found:
+        question.prompt[:0] = tokenizer.starts
     return found
 
 

@@ -31,13 +31,17 @@ NPY_HEADER_BYTES = 128  # numpy leaves room for any number of document ends
 
 
 def pack_documents(documents, tokenizer) -> tuple[np.ndarray, np.ndarray]:
-    """(tokens, ends): lists of ids as one array of the shards' dtype, an eos after each document,
-    and the exclusive int64 ends. An empty document is left out; a foreign id is a ValueError."""
+    """(tokens, ends): lists of ids as one array of the shards' dtype, `tokenizer.starts` before
+    each document and an eos after it, and the exclusive int64 ends. An empty document is left out;
+    a foreign id is a ValueError."""
     documents = [document for document in documents if len(document)]
-    ends = np.cumsum([len(document) + 1 for document in documents], dtype="<i8")
+    starts = tokenizer.starts
+    ends = np.cumsum([len(starts) + len(document) + 1 for document in documents], dtype="<i8")
     tokens = np.full(ends[-1] if documents else 0, tokenizer.eos_token_id, dtype=np.int64)
     for ids, end in zip(documents, ends.tolist(), strict=True):
-        tokens[end - 1 - len(ids) : end - 1] = ids
+        begin = end - 1 - len(ids)
+        tokens[begin - len(starts) : begin] = starts
+        tokens[begin : end - 1] = ids
     if documents and (tokens.min() < 0 or tokens.max() >= tokenizer.vocab_size):
         raise ValueError(f"token ids outside 0..{tokenizer.vocab_size - 1} in a document")
     return tokens.astype("<u2" if tokenizer.vocab_size <= 1 << 16 else "<u4"), ends
@@ -46,7 +50,8 @@ def pack_documents(documents, tokenizer) -> tuple[np.ndarray, np.ndarray]:
 class ShardWriter:
     """Writes one split of a data set: `add` each document's ids, then `close`.
 
-    Every document gets `tokenizer.eos_token_id` appended and stays in one shard. A shard appears
+    Every document gets `tokenizer.starts` before it and `tokenizer.eos_token_id` after it, and
+    stays in one shard. A shard appears
     under its name only when complete (temporary file, fsync, rename), and `meta.json`, without
     which no data set opens, comes last. As a context manager, an exception discards the split.
     `resume` is what `save_state` gave: what was added later is dropped, whether its shard was

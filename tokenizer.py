@@ -35,7 +35,8 @@ class Tokenizer:
     vocab_size     1 + the largest id
     eos_token_id   appended to every document of a data set
     bos_token_id   or None
-    hash           16 hex digits (8 bytes) over vocabulary, merges and splitting rules
+    starts         what it puts before every text: [bos] or []. Documents and prompts begin with it
+    hash           16 hex digits (8 bytes) over vocabulary, merges, splitting rules and `starts`
     chat_template  Jinja source, or None
     library        which gives the ids
     """
@@ -43,13 +44,15 @@ class Tokenizer:
     library = "tokenizers"
 
     def __init__(
-        self, *, spec, name, vocab_size, eos_token_id, bos_token_id, digest, chat_template
-    ):
+        self, *, spec, name, vocab_size, eos_token_id, bos_token_id, digest, chat_template,
+        starts=(),
+    ):  # fmt: skip
         self.spec = spec
         self.name = name
         self.vocab_size = vocab_size
         self.eos_token_id = eos_token_id
         self.bos_token_id = bos_token_id
+        self.starts = list(starts)
         self.hash = digest
         self.chat_template = chat_template
 
@@ -66,6 +69,10 @@ class Tokenizer:
         a web page that mentions a control token must not end a document.
         """
         return self._encode(_valid_unicode(text), special_tokens)
+
+    def prompt(self, text: str, *, special_tokens: bool = False) -> list[int]:
+        """`encode`, with what the tokenizer puts before a text (Llama's beginning of text)."""
+        return [*self.starts, *self.encode(text, special_tokens=special_tokens)]
 
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
         """`encode` for many texts, several times faster where the library is."""
@@ -215,14 +222,20 @@ class JsonTokenizer(Tokenizer):
                 f"--tokenizer {spec}: no end-of-text token found; expected eos_token in"
                 f" {folder / 'tokenizer_config.json'} naming a token of the vocabulary"
             )
+        bos = self._token_id(folder, "bos", vocab, vocab_size)
+        # In the file itself, or done by transformers when it loads the file.
+        first = self._backend.encode("", add_special_tokens=True).ids[:1]
+        adds = bos is not None and (first == [bos] or config.get("add_bos_token") is True)
+        starts = [bos] if adds else []
         super().__init__(
             spec=spec,
             name=path.resolve().parent.name if path.name == "tokenizer.json" else path.stem,
             vocab_size=vocab_size,
             eos_token_id=eos,
-            bos_token_id=self._token_id(folder, "bos", vocab, vocab_size),
-            digest=_json_digest(self._backend.to_str()),
+            bos_token_id=bos,
+            digest=_json_digest(self._backend.to_str(), starts),
             chat_template=_chat_template(folder, config),
+            starts=starts,
         )
 
     def _token_id(self, folder, which, vocab, vocab_size):
@@ -328,12 +341,19 @@ def load_tokenizer(spec: str) -> Tokenizer:
     )
 
 
-def _json_digest(serialized: str) -> str:
-    """Only what decides the ids: not padding, truncation, added bos/eos, or how text is decoded."""
+def _json_digest(serialized: str, starts: list[int]) -> str:
+    """Only what decides the ids: not padding, truncation, or how text is decoded."""
     tokenizer = json.loads(serialized)
-    added = sorted((token["id"], token["content"]) for token in tokenizer["added_tokens"])
+    usual = {"special": True, "lstrip": False, "rstrip": False, "single_word": False}
+    added = []
+    for token in tokenizer["added_tokens"]:
+        other = {key: token[key] for key, value in usual.items() if token[key] != value}
+        if not token["special"]:  # special ones are never text
+            other["normalized"] = token["normalized"]
+        added.append((token["id"], token["content"], *([other] if other else [])))
     parts = [tokenizer[key] for key in ("model", "normalizer", "pre_tokenizer")]
-    return _digest("json", added, *parts)
+    added.sort(key=lambda entry: entry[:2])
+    return _digest("json", added, *parts, *([starts] if starts else []))
 
 
 def _digest(*parts) -> str:

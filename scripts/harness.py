@@ -87,9 +87,16 @@ class Scorer:
 
     def generate_until(self, prompt: str, stops: list[str], most: int) -> str:
         """Greedy, up to the first of `stops`, which is left out."""
+        from config import UserError
         from generate import generate
 
-        ids = self.tokenizer.encode(prompt)[-max(1, self.max_length - most) :]
+        room = self.max_length - most
+        if room < 1:
+            raise UserError(
+                f"--tasks: {most} tokens to generate found in a task, fewer than the model's "
+                f"{self.max_length} of context expected"
+            )
+        ids = self.tokenizer.encode(prompt)[-room:]
         with self.amp():
             new = generate(self.model, ids, most, eos=self.tokenizer.eos_token_id)
         new = new[:-1] if new and new[-1] == self.tokenizer.eos_token_id else new

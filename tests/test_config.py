@@ -81,6 +81,31 @@ def test_flag_beats_yaml_beats_default(tmp_path):
     assert cfg.mixer == "a,b"
 
 
+@pytest.mark.parametrize("text, line", [
+    ("align:\n  lr: 1e-4\nseed: 1\nalign:\n  tokens: 5000\n", "align found twice"),
+    ("align:\n  lr: 1e-4\n  lr: 1e-3\n", "lr found twice"),
+    ("align_lr: 1e-4\nalign: {lr: 1e-3}\n", "align_lr found twice"),
+    ("layers: [[1, 2]]\n", "layers: "), ("layers: [{a: 1}]\n", "layers: "),
+    ("align:\n  lr: {a: 1}\n", "align_lr: "),
+    ("layers: 1,2\nkeep_layers: 0\n", "complement"),
+])  # fmt: skip
+def test_a_preset_says_each_thing_once(text, line, tmp_path):
+    preset = tmp_path / "p.yaml"
+    preset.write_text(text)
+    with pytest.raises(UserError, match=line):
+        load(DistillConfig, preset=preset)
+
+
+def test_a_flag_without_a_value():
+    for argv in (["--run", "--lr", "1e-3"], ["--lr", "1e-3", "--run"], ["--save-model-dir"]):
+        with pytest.raises(UserError, match="no value found"):
+            load(PretrainConfig, *argv)
+    assert load(PretrainConfig, "--run", "True", "--dry_run").run == "True"
+    assert load(DistillConfig, "--torch_compile", "--plan").torch_compile == "true"
+    preset = load(DistillConfig, "--keep_layers", "0", preset="configs/smoke-kd.yaml")
+    assert preset.keep_layers == "0"
+
+
 def test_every_shipped_preset_loads():
     for path in [*Path("configs").glob("*.yaml"), Path("tests/kd.yaml")]:
         cls = DistillConfig if "align:" in path.read_text() or "kd" in path.stem else PretrainConfig

@@ -257,6 +257,12 @@ def test_existing_target(tiny, tmp_path, capsys):
     assert download_model.main([*argv, "--overwrite"]) == 0
     assert (out / "config.json").stat().st_mtime_ns != kept
 
+    assert "holds dtype bfloat16, not float32" in refused([*argv, "--dtype", "float32"], capsys)
+    whole = path.read_bytes()
+    path.write_bytes(whole + b"another one")
+    assert "holds sha256" in refused(argv, capsys)
+    path.write_bytes(whole)
+
     other = path.rename(tmp_path / "other.gguf")
     line = refused(["--from_gguf", other, "--out", out], capsys)
     assert "holds GGUF file tiny.gguf, not GGUF file other.gguf" in line

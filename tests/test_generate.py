@@ -160,6 +160,8 @@ def test_chat_encodes_control_tokens_as_such(folder, monkeypatch):
             asked.append((text, special_tokens))
             return [5]
 
+        prompt = encode
+
         def decode(self, ids):
             return ""
 

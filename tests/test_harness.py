@@ -15,6 +15,7 @@ import pytest
 import torch
 from kit import random_ids, tiny_model
 
+from config import UserError
 from hf import save_model
 from scripts.harness import Scorer
 from tokenizer import load_tokenizer
@@ -87,6 +88,8 @@ def test_generation_stops_before_the_stop(model):
     stop = whole[2]
     assert s.generate_until("abc", [stop], 12) == whole[: whole.index(stop)]
     assert len(s.generate_until("abc", [], 4)) <= 4 < len(whole)
+    with pytest.raises(UserError, match="16 tokens to generate found"):
+        scorer(model, max_length=16).generate_until("abc", [], 16)
 
 
 @pytest.mark.skipif(importlib.util.find_spec("lm_eval") is None, reason="lm-eval not installed")

@@ -40,14 +40,19 @@ def test_the_slurm_example_is_bash_with_known_flags():
     assert not any(line.startswith("#SBATCH") for line in lines[first:])
 
 
-# A stand-in for srun: it runs until it is told to stop, or ends at once with CODE.
+# A stand-in for srun: it runs until scancel signals its step, or ends at once with CODE. SIGTERM to
+# srun itself ends the step with SIGKILL.
 SRUN = """#!/bin/bash
 echo "$@" > "$FOLDER/srun"
 [ -n "$CODE" ] && exit "$CODE"
-trap 'kill $!; sleep 0.3; exit 1' TERM
-touch "$FOLDER/ready"
+trap 'kill $!; exit 137' TERM
+trap 'kill $!; sleep 0.3; exit 1' USR1
+echo $$ > "$FOLDER/pid" && touch "$FOLDER/ready"
 sleep 100 &
 wait
+"""
+SCANCEL = """#!/bin/bash
+[ "$*" = "--signal=TERM 77" ] && kill -USR1 "$(cat "$FOLDER/pid")"
 """
 SCONTROL = """#!/bin/bash
 case $1 in show) echo one; echo two;; *) echo "$@" > "$FOLDER/scontrol";; esac
@@ -56,10 +61,10 @@ case $1 in show) echo one; echo two;; *) echo "$@" > "$FOLDER/scontrol";; esac
 
 @pytest.mark.parametrize("code", ["", "0", "1"])
 def test_only_a_stopped_job_is_requeued(code, tmp_path):
-    """With stand-ins for srun and scontrol."""
+    """With stand-ins for srun, scancel and scontrol."""
     tools = tmp_path / "tools"
     tools.mkdir()
-    for name, text in (("srun", SRUN), ("scontrol", SCONTROL)):
+    for name, text in (("srun", SRUN), ("scancel", SCANCEL), ("scontrol", SCONTROL)):
         (tools / name).write_text(text)
         (tools / name).chmod(0o755)
     env = {

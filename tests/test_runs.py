@@ -325,7 +325,7 @@ def test_kill_and_resume_is_bitwise(script, tiny_teacher, tiny_data, tmp_path):
     assert all(torch.equal(a[n], b[n]) for n in a)
 
 
-@pytest.mark.parametrize("train", ["lora", "mixers"])
+@pytest.mark.parametrize("train", ["lora", pytest.param("mixers", marks=pytest.mark.slow)])
 def test_what_an_earlier_stage_trained_outlives_a_later_one(
     train, tiny_teacher, tiny_data, tmp_path
 ):
@@ -390,7 +390,8 @@ def test_two_ranks_equal_one_distilling(tiny_teacher, tiny_data, tmp_path):
         assert rows[0] == pytest.approx(rows[1], rel=1e-5, abs=1e-7)
 
 
-@pytest.mark.parametrize("script", [pytest.param("train", marks=pytest.mark.slow), "train_kd"])
+@pytest.mark.slow
+@pytest.mark.parametrize("script", ["train", "train_kd"])
 def test_selected_tokens_are_the_same_on_two_ranks(script, tiny_teacher, tiny_data, tmp_path):
     def flags(run, *more):
         if script == "train":

@@ -26,7 +26,7 @@ class WideTokenizer:
     """Only what a writer reads; a vocabulary that needs uint32."""
 
     name, spec, portable_spec, hash = "wide", "wide", "wide", "00112233445566ff"
-    vocab_size, eos_token_id, bos_token_id = 200_000, 199_999, 7
+    vocab_size, eos_token_id, bos_token_id, starts = 200_000, 199_999, 7, []
 
 
 @pytest.fixture

@@ -13,6 +13,8 @@ import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
 from config import UserError
+from recall import questions
+from shard_writer import pack_documents
 from tokenizer import load_tokenizer
 
 TEXTS = [
@@ -167,6 +169,46 @@ def test_hash_is_of_the_vocabulary(tmp_path):
     )
     backend.save(str(b / "tokenizer.json"))  # same vocabulary, other splitting
     assert load_tokenizer(str(b)).hash != hashes[0]
+
+
+def test_hash_is_of_what_added_tokens_do(tmp_path):
+    found = set()
+    for i, flags in enumerate(({}, {"special": False}, {"lstrip": True},
+                               {"special": False, "normalized": True})):  # fmt: skip
+        path = make_folder(tmp_path / str(i)) / "tokenizer.json"
+        spec = json.loads(path.read_text())
+        spec["added_tokens"][0] |= {"special": True, "normalized": False, **flags}
+        path.write_text(json.dumps(spec))
+        found.add(load_tokenizer(str(path)).hash)
+    assert len(found) == 4
+
+
+@pytest.mark.parametrize("where", ["tokenizer.json", "tokenizer_config.json"])
+def test_a_tokenizer_that_begins_texts_begins_documents_and_prompts(where, tmp_path):
+    """As Llama's do: before documents, prompts and recall's questions, in transformers' way."""
+    plain, folder = (make_folder(tmp_path / name, eos_token="<|im_end|>") for name in "ab")
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    config["bos_token"] = "<|endoftext|>"
+    if where == "tokenizer.json":
+        backend = Tokenizer.from_file(str(folder / where))
+        backend.post_processor = processors.TemplateProcessing(
+            single="<|endoftext|> $A", special_tokens=[("<|endoftext|>", 0)]
+        )
+        backend.save(str(folder / where))
+    else:
+        config["add_bos_token"] = True
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    other, tok = load_tokenizer(str(plain)), load_tokenizer(str(folder))
+    assert (tok.starts, other.starts) == ([0], []) and tok.hash != other.hash
+    ids = tok.encode("some text")
+    assert ids == other.encode("some text") and tok.prompt("some text") == [0, *ids]
+    tokens, ends = pack_documents([ids, [], ids[:2]], tok)
+    eos = tok.eos_token_id
+    assert tokens.tolist() == [0, *ids, eos, 0, *ids[:2], eos]
+    assert ends.tolist() == [len(ids) + 2, len(ids) + 6]
+    how = {"tasks": ["copy"], "lengths": [2048], "samples": 1}
+    (asked,), (theirs,) = questions(tok, **how), questions(other, **how)
+    assert asked.prompt == [0, *theirs.prompt]
 
 
 def test_portable_spec(tmp_path, monkeypatch):

@@ -105,6 +105,7 @@ def test_stopped_while_a_save_is_written(flags, tmp_path):
     assert (cut / "checkpoints" / "step-6" / "manifest.json").is_file()
 
 
+@pytest.mark.slow
 def test_no_room_in_the_background(flags, tmp_path):
     process = begin(driver(tmp_path, NO_ROOM), flags("cut"))
     _, err = process.communicate(timeout=60)

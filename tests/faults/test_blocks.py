@@ -58,6 +58,7 @@ def test_killed_until_done(tiny_teacher, tiny_data, tmp_path):
     assert len(files(whole)) > 15 and files(whole) == files(cut)
 
 
+@pytest.mark.slow
 def test_a_full_disk(tiny_teacher, tiny_data, tmp_path):
     """One line that names the file; with room the same command goes on."""
     make = lambda run: flags_of(tiny_teacher, tiny_data, tmp_path, run, *STEPS)  # noqa: E731

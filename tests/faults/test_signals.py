@@ -18,10 +18,8 @@ from test_runs import kd_flags, train_flags, weights
 from distributed import ONE_SIGNAL, StopSignals, World
 
 
-@pytest.mark.parametrize(
-    "script, number",
-    [pytest.param("train", "SIGTERM", marks=pytest.mark.slow), ("train_kd", "SIGINT")],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("script, number", [("train", "SIGTERM"), ("train_kd", "SIGINT")])
 def test_a_run_stops_and_goes_on(script, number, tiny_teacher, tiny_data, tmp_path):
     if script == "train":
         flags = lambda run: train_flags(tiny_data, tmp_path, run, "--max_steps=60")  # noqa: E731

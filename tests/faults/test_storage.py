@@ -13,7 +13,8 @@ from processes import driver, newest, running, wait_for_step
 from test_runs import train_flags, weights
 
 
-@pytest.mark.parametrize("how", ["False", pytest.param("True", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["False", "True"])
 def test_a_disk_that_fills_up(how, tiny_data, tmp_path):
     """The checkpoint that does not fit is named; the run goes on from the one before it."""
     flags = lambda run: train_flags(  # noqa: E731
