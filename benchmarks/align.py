@@ -33,7 +33,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmarks.common import about, clock, show_profile
 from benchmarks.decode import SHAPES
 from config import DistillConfig, ModelConfig
-from data import Batch, pack_rows
+from data import Batch, pack
 from distributed import compile_blocks, this_process
 from evaluate import inputs
 from hybrid_layers import convert_layers, resolve_kernels, use_kernels
@@ -70,9 +70,14 @@ def random_batches(run: Run, plan: StagePlan, vocab: int) -> list[Batch]:
     """The micro-batches of a step, packed by the loader's function; each row is one document."""
     length = plan.stage.seq_len
     tokens = np.random.default_rng(0).integers(vocab, size=plan.rows * length + 1)
-    data = SimpleNamespace(read=lambda i, n: tokens[i : i + n], doc_ends=np.empty(0, np.int64))
+
+    def read(row: int, out: np.ndarray) -> tuple[np.ndarray, int]:
+        out[:] = tokens[row * length :][: length + 1]
+        return np.empty(0, np.int64), length
+
+    source = SimpleNamespace(seq_len=length, read=read)  # what `pack` needs of a `packing.Rows`
     rows = np.arange(plan.rows).reshape(-1, plan.micro_batch)
-    return [pack_rows(data, part, length, run.cfg.doc_mask) for part in rows]
+    return [pack(source, part, run.cfg.doc_mask) for part in rows]
 
 
 def our_step(run: Run, plan: StagePlan, objective, vocab: int) -> Callable[[], dict]:
@@ -163,7 +168,7 @@ def measure(run: Run, plan: StagePlan, args, teacher: Transformer, kind: str, la
     """A step that trains `layers`: its time and memory, and the losses of one step more."""
     student = convert_layers(teacher, layers, mixer=args.mixer, share_trunk=True).train()
     make_fast(student, run, args)
-    objective = KINDS[kind](student, teacher, layers, run.world)
+    objective = KINDS[kind](student, teacher, plan.stage, layers, run.world)
     step = our_step(run, plan, objective, teacher.config.vocab_size)
     row, values = timed(step, args)[1], step()
     if args.profile:

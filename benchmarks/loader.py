@@ -27,7 +27,6 @@ import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -46,6 +45,7 @@ from model import Transformer
 from objectives import HeadObjective
 from optimizer import StepGuard
 from stage_plan import plan_stage
+from tokenizer import Tokenizer
 from trainer import Run, one_step, set_up_torch, stage_optimizer
 
 
@@ -92,10 +92,9 @@ def pretraining(config: ModelConfig, cfg: PretrainConfig, args) -> tuple[Transfo
 def write_shards(folder: str, vocab: int, tokens: int) -> None:
     """At least `tokens` tokens of random documents; id 0 ends each."""
     rng = np.random.default_rng(0)
-    # What ShardWriter asks of a tokenizer; no text is involved.
-    tokenizer = SimpleNamespace(
-        name="random", portable_spec=None, hash="00" * 8, vocab_size=vocab, eos_token_id=0,
-        bos_token_id=None,
+    tokenizer = Tokenizer(  # ShardWriter asks for one; no text is involved
+        spec="random", name="random", vocab_size=vocab, eos_token_id=0, bos_token_id=None,
+        digest="00" * 8, chat_template=None,
     )  # fmt: skip
     with ShardWriter(folder, "train", tokenizer) as writer:
         written = 0

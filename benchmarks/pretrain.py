@@ -32,6 +32,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmarks.common import about, clock, show_profile
 from benchmarks.loader import DeviceLoader, pretraining
 from config import ModelConfig, PretrainConfig, UserError
+from data import Batch
 from flops import matmul_params, mfu, model_flops_per_token, peak_flops
 from metrics import console_table
 from model import Transformer
@@ -53,7 +54,11 @@ NEEDED = {"nanogpt": "model.py", "nanochat": "nanochat/gpt.py"}  # a file of eac
 def ours(config: ModelConfig, cfg: PretrainConfig, data: Tensor, args) -> tuple:
     """This repository's, as train.py makes it."""
     model, step = pretraining(config, cfg, args)
-    loader = DeviceLoader([tuple(data)])
+    (x, y), rows = data, list(range(cfg.batch_size))
+    positions = torch.arange(cfg.context_len, device=data.device).expand_as(x)
+    valid = [cfg.context_len] * len(rows)  # labels that count, row by row
+    batch = Batch(x, y, positions, None, cfg.context_len, y.numel(), rows, valid)
+    loader = DeviceLoader([batch])
     return model, lambda: step(loader)
 
 

@@ -25,6 +25,7 @@ import itertools
 import json
 import os
 import queue
+import shlex
 import statistics
 import subprocess
 import sys
@@ -254,7 +255,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--accumulate", type=int, default=1, help="micro-batches a step and rank")
     parser.add_argument("--warmup", type=int, default=10, help="steps left out")
     parser.add_argument("--steps", type=int, default=30)
-    parser.add_argument("--flags", nargs="+", default=[], help="more for each run: --kernel=chunk")
+    parser.add_argument("--flags", type=shlex.split, default=[],
+                        help='more for each run: --flags="--kernel=chunk --seed=1"')  # fmt: skip
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--parity", action="store_true", help="one rank with the batch of more")
     parser.add_argument("--profile", action="store_true", help="steps of runs of several")
