@@ -8,6 +8,7 @@ activations, decays and the embedding lookup are not. Try it: pytest tests/test_
 
 from __future__ import annotations
 
+import re
 from typing import NamedTuple
 
 import torch
@@ -16,9 +17,10 @@ from config import STAGES, ModelConfig, StageConfig
 from hybrid_layers import build_mixer
 
 # Dense (not 2:4 sparse) bf16/fp16 tensor-core peak, FLOP/s, from the vendors' data sheets. The
-# first substring found in the device's name counts, so the longer names come first.
+# first that is in the device's name as whole words counts, so the longer names come first.
 PEAK_FLOPS = {
     "GB200": 2.5e15,
+    "GH200": 989e12,
     "B200": 2.25e15,
     "H200 NVL": 836e12,
     "H200": 989e12,
@@ -37,9 +39,9 @@ PEAK_FLOPS = {
 # GiB of memory by the same data sheets, for planning without the card (--plan_device), and the
 # share of it that PyTorch sees (an H100: 79.2 GiB).
 MEMORY_GIB = {
-    "GB200": 186, "B200": 180, "H200 NVL": 141, "H200": 141, "H100 PCIe": 80, "H100 NVL": 94,
-    "H100": 80, "H800": 80, "A100": 80, "A800": 80, "L40S": 48, "RTX 5090": 32, "RTX 4090": 24,
-    "RTX 3090": 24, "MI300X": 192,
+    "GB200": 186, "GH200": 96, "B200": 180, "H200 NVL": 141, "H200": 141, "H100 PCIe": 80,
+    "H100 NVL": 94, "H100": 80, "H800": 80, "A100": 80, "A800": 80, "L40S": 48, "RTX 5090": 32,
+    "RTX 4090": 24, "RTX 3090": 24, "MI300X": 192,
 }  # fmt: skip
 MEMORY_SEEN = 0.99
 
@@ -62,7 +64,8 @@ def peak_flops(
 def peak_of_name(name: str, dtype: torch.dtype) -> float | None:
     """The table look-up of peak_flops; `name` as torch.cuda.get_device_name gives it."""
     factor = {torch.bfloat16: 1.0, torch.float16: 1.0, torch.float32: 0.5}.get(dtype)
-    peak = next((peak for part, peak in PEAK_FLOPS.items() if part in name), None)
+    found = (peak for part, peak in PEAK_FLOPS.items() if re.search(rf"\b{part}\b", name))
+    peak = next(found, None)
     return peak * factor if peak and factor else None
 
 
@@ -219,8 +222,9 @@ def stage_flops(
                    for each converted student layer, whose input needs no gradient,
                    (2 + 2) P_in + (2 + 2 + 2) P_o + 3 C. `train` changes nothing here.
 
-    Converted layers are those whose type is not the teacher's (without a teacher of the same
-    depth: the linear layers).
+    Converted layers are those whose type is not the teacher's. Without a teacher of the same depth
+    they are the linear layers and the sliding ones; not these where both are there and the windows
+    differ, as conversion gives them the linear window.
     """
     assert stage == "pretrain" or stage in STAGES, stage
     assert train in ("all", "mixers", "feature_maps", "lora"), train
@@ -288,5 +292,8 @@ def _align_flops(
 def _converted_layers(student: ModelConfig, teacher: ModelConfig | None) -> list[int]:
     layers = range(student.num_hidden_layers)
     if teacher is None or teacher.num_hidden_layers != student.num_hidden_layers:
-        return [i for i in layers if student.layer_types[i] == "linear_attention"]
+        linear = [i for i in layers if student.layer_types[i] == "linear_attention"]
+        if linear and student.sliding_window != student.linear_window:
+            return linear
+        return [i for i in layers if student.layer_types[i] != "full_attention"]
     return [i for i in layers if student.layer_types[i] != teacher.layer_types[i]]

@@ -336,12 +336,15 @@ def stock_type(config: ModelConfig) -> str | None:
 
 def stored_state(model: Transformer, kind: str, dtype: torch.dtype | None) -> dict[str, Tensor]:
     """The model's tensors in the types that a folder of format `kind` holds, on the CPU: `dtype`
-    (None: their own), but the hybrids' `WIDE` ones in float32 at least."""
+    (None: their own), but in float32 at least the hybrids' `WIDE` ones, and those that `load_type`
+    excepts in our own format."""
     out = {}
     for name, tensor in model.state_dict().items():
         to = dtype or tensor.dtype
         if kind in HYBRIDS and name.endswith(hf_hybrids.WIDE):
             to = torch.promote_types(to, torch.float32)
+        elif kind == "retort" and dtype:
+            to = load_type(name, tensor, dtype)
         out[name] = tensor.detach().to("cpu", to)
     return out
 

@@ -74,7 +74,7 @@ def planned_world(cfg: TrainConfig) -> tuple[World, str]:
         name = world.device.type
         return world, torch.cuda.get_device_name(world.device) if name == "cuda" else name
     found = re.fullmatch(r"(?:(\d+)x)?(.+)", cfg.plan_device)
-    part = next((p for p in PEAK_FLOPS if p in found[2]), None)
+    part = next((p for p in PEAK_FLOPS if re.search(rf"\b{p}\b", found[2])), None)
     count = int(found[1] or 1)
     if part is None or not count:
         raise UserError(

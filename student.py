@@ -117,6 +117,7 @@ def preflight(cfg: DistillConfig) -> tuple[list[int], str, ModelConfig, bool]:
         else:  # all are aligned, then some are chosen
             layers = [i for i, t in enumerate(source.layer_types) if t == "full_attention"]
             uniform_pattern(layers, auto_share(cfg.layers))
+            check_search(cfg, config, layers)
         source = convert_config(source, layers, cfg.mixer, **mixer_shape(cfg))
         if cfg.aligned:
             if not Path(cfg.aligned).is_dir():
@@ -166,6 +167,26 @@ def preflight(cfg: DistillConfig) -> tuple[list[int], str, ModelConfig, bool]:
             )
     check_run_folder(cfg)
     return layers, spec, source, convert
+
+
+def check_search(cfg: DistillConfig, teacher: ModelConfig, layers: list[int]) -> None:
+    """UserError where the search of `layers` could not end well: it puts the teacher's softmax
+    layers into the student, and the scorer window cuts their windows in the teacher."""
+    if cfg.student and not Path(cfg.student).samefile(cfg.teacher):
+        raise UserError(
+            f"--student: an unconverted model found with --layers {cfg.layers}, which takes "
+            f"softmax layers from the teacher; the teacher itself, or other --layers, expected"
+        )
+    if cfg.search.scorer != "window":
+        return
+    try:
+        convert_config(teacher, layers, "sliding_window", linear_window=cfg.search.window)
+    except UserError as e:
+        flag, _, reason = str(e).partition(": ")
+        raise UserError(
+            f"--search_window: {cfg.search.window} found, which --search_scorer window cannot give "
+            f"this teacher ({flag.removeprefix('--')}: {reason}); another window or scorer expected"
+        ) from None
 
 
 def check_feature_maps(cfg: DistillConfig, config: ModelConfig, layers: list[int]) -> None:

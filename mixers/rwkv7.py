@@ -37,7 +37,8 @@ def low_rank(factor: float, hidden_size: int) -> int:
 
 
 class LoRA(nn.Module):
-    """W2 f(W1 x) (+ bias), with fla's names: `lora.0` is W1, `lora.2` is W2."""
+    """W2 f(W1 x) (+ bias), with fla's names: `lora.0` is W1, `lora.2` is W2. The bias is added in
+    float32 at least: of a slow head's decay bfloat16 would keep two digits."""
 
     def __init__(self, d: int, out: int, rank: int, inner: nn.Module, bias: bool = True):
         super().__init__()
@@ -55,7 +56,12 @@ class LoRA(nn.Module):
                 self.lora[2].bias.copy_(torch.as_tensor(bias).expand_as(self.lora[2].bias))
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.lora(x)
+        down, inner, up = self.lora
+        low = inner(down(x))
+        if up.bias is None:
+            return up(low)
+        y = at_least_float32(F.linear(low, up.weight))
+        return y + up.bias.to(y.dtype)
 
 
 class RWKV7(LinearMixer):
@@ -120,8 +126,8 @@ class RWKV7(LinearMixer):
         v = self.v_proj(mix["v"]).unflatten(-1, (-1, self.value_dim))
         if self.rope:
             r, k = apply_rope(r, seq.cos, seq.sin), apply_rope(k, seq.cos, seq.sin)
-        w = RWKV7_LOWER_BOUND * at_least_float32(self.w_lora(mix["w"])).sigmoid()
-        rate = self.heads(self.a_lora(mix["a"]).sigmoid())
+        w = RWKV7_LOWER_BOUND * self.w_lora(mix["w"]).sigmoid()
+        rate = self.heads(self.a_lora(mix["a"]).sigmoid()).to(k.dtype)
         k_k, k_a = (p.to(k.dtype).view(-1, self.key_dim) for p in (self.k_k, self.k_a))
         kappa = F.normalize(at_least_float32(k * k_k), dim=-1).to(k.dtype)
         k = k * (1 + (rate - 1) * k_a)

@@ -71,9 +71,11 @@ def supports_float8(device: torch.device) -> bool:
 def float8_copy(model: nn.Module, first: int = 0) -> nn.Module:
     """A frozen model once more, the Linears of its blocks from `first` on in float8 where both
     their sizes are multiples of 16; everything else, head and embedding among it, is the model's
-    own."""
+    own. So are low-rank pairs, of which mixers take the weights and add the bias in float32."""
     replica = copy.deepcopy(model, {id(p): p for p in model.parameters()})
     for parent in [m for block in replica.layers[first:] for m in block.modules()]:
+        if isinstance(parent, nn.Sequential):
+            continue
         for name, child in list(parent.named_children()):
             if isinstance(child, nn.Linear) and not any(n % 16 for n in child.weight.shape):
                 setattr(parent, name, Float8Linear(child))

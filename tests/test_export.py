@@ -361,6 +361,17 @@ def test_auto_falls_back_to_retort_and_says_so(small, capsys):
     assert all(torch.equal(a[k], b[k]) for k in a)
 
 
+def test_retort_in_bfloat16_keeps_decays(small, capsys):
+    """The script's own check passes, and A_log is the model's to the bit."""
+    run(small, "--format", "retort", "--dtype", "bfloat16")
+    assert "read back: greedy continuation, 64 tokens: identical" in capsys.readouterr().out
+    mine, back = (load_model(small / name).layers[0] for name in ("model", "model-retort"))
+    assert back.linear_attn.q_proj.weight.dtype == torch.bfloat16
+    for name in ("A_log", "dt_bias", "o_norm.weight"):
+        p = back.linear_attn.get_parameter(name)
+        assert p.dtype == torch.float32 and p.equal(mine.linear_attn.get_parameter(name)), name
+
+
 def test_plain_models_go_through_the_script_too(tmp_path, capsys):
     model = tiny_model("FF", dtype=torch.float32, vocab_size=257)
     save_model(model, tmp_path / "m", tokenizer_from="byte")

@@ -177,6 +177,23 @@ def test_flops_per_token_is_what_torch_counts(stage, train, with_teacher):
     assert counter.get_total_flops() == pytest.approx(B * T * expected, rel=1e-12)
 
 
+@pytest.mark.parametrize(
+    ("before", "after", "linear_window"),
+    [
+        ([F_] * 5, [F_, S_, F_, S_, F_], 64),
+        ([F_] * 5, [F_, L_, F_, S_, F_], SHAPE["sliding_window"]),  # as --mixer gla,sliding_window
+        ([S_, F_, F_, S_, F_], [S_, L_, F_, S_, L_], 64),  # the teacher's own windows
+    ],
+)
+@pytest.mark.parametrize("train", ["mixers", "feature_maps"])
+def test_what_trains_is_counted_where_the_teacher_does_not_run(before, after, linear_window, train):
+    teacher = ModelConfig(**SHAPE, layer_types=before)
+    student = ModelConfig(**SHAPE, layer_types=after, linear_window=linear_window)
+    found = flops.stage_flops("long", student, None, T, train)
+    guided = flops.stage_flops("long", student, teacher, T, train)
+    assert found == guided._replace(teacher=0) and found.backward > 0
+
+
 def test_blocks_that_both_share_are_counted_once():
     torch.manual_seed(0)
     model = StandIn(STUDENT)
@@ -262,10 +279,15 @@ def test_peak_flops():
         "NVIDIA A100-SXM4-80GB": 312e12,
         "NVIDIA L40S": 362e12,
         "NVIDIA GeForce RTX 4090": 165e12,
+        "NVIDIA GB200": 2.5e15,
+        "NVIDIA GH200 480GB": 989e12,
+        "AMD Instinct MI300X": 1307e12,
+        "NVIDIA RTX A1000": None,
         "Tesla T4": None,
     }
     for name, peak in peaks.items():
         assert flops.peak_of_name(name, torch.bfloat16) == peak, name
+    assert flops.PEAK_FLOPS.keys() == flops.MEMORY_GIB.keys()
     assert flops.peak_of_name("NVIDIA A100-SXM4-80GB", torch.float32) == 156e12
     assert flops.peak_of_name("NVIDIA H100 80GB HBM3", torch.float64) is None
     assert flops.peak_flops("cpu", torch.bfloat16, None) is None

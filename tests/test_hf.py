@@ -217,6 +217,19 @@ def test_a_hybrid_is_no_other_in_bfloat16(mixer, tmp_path):
         assert_close_rms(back(random_ids(model, 1, 33)), model(random_ids(model, 1, 33)), 0.05)
 
 
+@pytest.mark.parametrize("mixer", MIXERS)
+def test_a_bfloat16_folder_holds_what_is_loaded_in_bfloat16(mixer, tmp_path):
+    """Of our own format: decays and norms of linear layers are not rounded on the way there."""
+    kinds = "FS" if mixer == "sliding_window" else "FL"
+    model = tiny_model(kinds, dtype=torch.float32, mixer=[mixer] * kinds.count("L"))
+    save_model(model, tmp_path / "wide", tokenizer_from="byte")
+    save_model(model, tmp_path / "m", tokenizer_from="byte", dtype=torch.bfloat16)
+    stored = load_model(tmp_path / "m").state_dict()
+    for name, tensor in load_model(tmp_path / "wide", dtype=torch.bfloat16).state_dict().items():
+        assert stored[name].dtype == tensor.dtype, name
+        assert torch.equal(stored[name], tensor), name
+
+
 def test_saving_replaces_the_folder_and_leaves_nothing_else(tmp_path):
     save_model(tiny_model("F"), tmp_path / "m", tokenizer_from="byte")
     (tmp_path / "m/stray").touch()
@@ -344,6 +357,13 @@ def test_config_file_that_is_refused(text, named, folder):
     (folder / "config.json").write_text(text)
     with pytest.raises(UserError, match=named):
         load_model(folder)
+
+
+def test_one_file_goes_before_an_index(folder):
+    """As in transformers: an index may be what an earlier model left."""
+    index = {"weight_map": {"model.norm.weight": "gone.safetensors"}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    load_model(folder)
 
 
 # With its weights, and as FSDP2's ranks begin: shapes alone, but of weights that are there.

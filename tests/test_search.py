@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from contextlib import nullcontext
 
@@ -15,9 +16,10 @@ from config import Search, UserError
 from data import TokenDataset
 from distributed import World
 from evaluate import Evaluator
-from hf import load_model, read_config
+from hf import load_model, read_config, save_model
 from hybrid_layers import convert_layers, copy_mixers, mixer_parameters, restore_layers
 from layer_lists import auto_share, uniform_layers
+from model import Transformer
 from recall import Question, questions
 from search import answer_batches, choose_layers, made_softmax, pattern_table, uniform_pattern
 from tokenizer import load_tokenizer
@@ -226,6 +228,39 @@ def test_aligned_mixers_are_taken_over(tiny_teacher, tiny_data, tmp_path, refuse
     assert "--aligned" in call("x", "--aligned=nowhere")
     assert "--aligned" in call("x", "--layers=auto:0.5", "--stages=distill")
     assert "auto:0.9 found" in call("x", "--layers=auto:0.9")
+
+
+@pytest.mark.parametrize("kv_heads", [1, 2])
+def test_a_student_of_its_own_is_not_searched(kv_heads, tiny_teacher, tiny_data, tmp_path, refused):
+    """Its layers would become the teacher's softmax layers, which may not even fit."""
+    shape = read_config(tiny_teacher)
+    other = Transformer(dataclasses.replace(shape, num_key_value_heads=kv_heads))
+    other.init_weights()
+    save_model(other, tmp_path / "other", tokenizer_from="byte")
+    flags = lambda folder, *more: kd_flags(  # noqa: E731
+        tiny_teacher, tiny_data, tmp_path, "x", f"--student={folder}", "--dry_run", *more
+    )
+    err = refused("train_kd", *flags(tmp_path / "other", *FLAGS))
+    assert "--student: an unconverted model found with --layers auto:0.5" in err
+    call_script("train_kd", *flags(tmp_path / "other"))  # layers by number
+    call_script("train_kd", *flags(tiny_teacher, *FLAGS))
+
+
+def test_windows_that_do_not_fit_are_refused_at_once(tiny_teacher, tiny_data, tmp_path, refused):
+    """Not after the stage align: a model has one length of windows, the teacher's where it has."""
+    kinds = ["sliding_attention", *read_config(tiny_teacher).layer_types[1:]]
+    shape = dataclasses.replace(read_config(tiny_teacher), layer_types=kinds, sliding_window=5)
+    teacher = Transformer(shape)
+    teacher.init_weights()
+    save_model(teacher, tmp_path / "teacher", tokenizer_from="byte")
+    flags = lambda *more: kd_flags(  # noqa: E731
+        tmp_path / "teacher", tiny_data, tmp_path, "x", "--dry_run", *FLAGS, *more
+    )
+    err = refused("train_kd", *flags("--search_scorer=window", "--search_window=8"))
+    assert "--search_window: 8 found" in err and "sliding layers of 5" in err
+    assert "--search_scorer window" in err
+    call_script("train_kd", *flags("--search_scorer=window", "--search_window=5"))
+    call_script("train_kd", *flags("--search_scorer=drop", "--search_window=8"))
 
 
 @pytest.mark.slow

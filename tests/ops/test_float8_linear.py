@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from kit import random_ids, tiny_model
+from kit import assert_close_rms, random_ids, tiny_model
 from torch import nn
 
+from hybrid_layers import MIXERS
 from ops.float8_linear import (
     FLOAT8,
     Float8Linear,
@@ -81,3 +82,17 @@ def test_odd_sizes_and_first_blocks_stay_as_they_are():
     replica = float8_copy(model, first=1)
     assert isinstance(replica.layers[1].mlp.up_proj, Float8Linear)
     assert type(replica.layers[0].mlp.up_proj) is nn.Linear
+
+
+@pytest.mark.parametrize("mixer", [m for m in MIXERS if m != "sliding_window"])
+def test_copies_of_hybrids(mixer):
+    """A mixer may take the weight of a Linear, which in float8 is nothing without its scale."""
+    model = tiny_model(
+        "LF", mixer=[mixer], dtype=torch.float32, hidden_size=64, intermediate_size=96, head_dim=16,
+        linear_key_head_dim=16, linear_value_head_dim=16,
+    )  # fmt: skip
+    ids = random_ids(model, 1, 33)
+    replica = float8_copy(model)
+    assert any(isinstance(m, Float8Linear) for m in replica.layers[0].linear_attn.modules())
+    with torch.no_grad():
+        assert_close_rms(replica(ids), model(ids), 0.3)
