@@ -13,6 +13,7 @@ may know different versions of Unicode. Whoever fails a check stays with the `to
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 
@@ -58,6 +59,7 @@ class FastEncoder:
                 raise Unsupported(f"its normalizer is {spec['normalizer']['type']}")
             self._normalize = backend.normalizer.normalize_str
         self._added = [t["content"] for t in spec["added_tokens"] if not t["special"]]
+        self._odd = odd_digits() if uses_digits(spec["pre_tokenizer"]) else frozenset()
         self._ids = ids
         self._encoding = tiktoken.Encoding(
             "fast", pat_str=pattern, mergeable_ranks=ranks, special_tokens={NEVER: len(ids)}
@@ -68,10 +70,14 @@ class FastEncoder:
 
     def encode(self, text: str) -> np.ndarray | None:
         """The ids as uint32; None for a text that only the other library can encode."""
-        if self._normalize and not text.isascii():
-            text = self._normalize(text)
-        if any(token in text for token in self._added):
+        if any(token in text for token in self._added):  # some are looked for before, some after
             return None
+        if not text.isascii():
+            if not self._odd.isdisjoint(text):
+                return None
+            text = self._normalize(text) if self._normalize else text
+            if any(token in text for token in self._added):
+                return None
         try:
             ranks = self._encoding.encode_to_numpy(text, disallowed_special=())
         except ValueError:  # white space of some 100,000 characters is too much for its regex
@@ -107,6 +113,41 @@ def split_pattern(pre_tokenizer: dict | None) -> str:
             if regex and before[0]["behavior"] == "Isolated" and not before[0]["invert"]:
                 return regex
     raise Unsupported(f"its text is split by {' + '.join([*kinds, last['type']])}")
+
+
+def uses_digits(pre_tokenizer: dict | None) -> bool:
+    steps = (pre_tokenizer or {}).get("pretokenizers", [])
+    return any(step["type"] == "Digits" for step in steps)
+
+
+@functools.cache
+def odd_digits() -> frozenset[str]:
+    """The characters that are a number to the `tokenizers` library's Digits, which has a table of
+    its own, or to \\p{N} of tiktoken's library, but not to both."""
+    import tiktoken
+    from tokenizers import pre_tokenizers
+
+    digits, ranks = pre_tokenizers.Digits(individual_digits=True), _bytes()
+    encoding = tiktoken.Encoding(
+        "digits", pat_str=r"\p{N}", mergeable_ranks=ranks, special_tokens={NEVER: 256}
+    )
+    odd = set()
+    for block in _blocks():
+        pieces = digits.pre_tokenize_str("a" + "a".join(block) + "a")
+        theirs = {piece for piece, _ in pieces if len(piece) == 1} - {"a"}
+        odd |= theirs ^ set(bytes(encoding.encode_ordinary(block)).decode())
+    return frozenset(odd)
+
+
+def _blocks() -> list[str]:
+    """All characters, some thousand at a time. Planes 4 to 13 have never held one, 15 and 16 are
+    for private use."""
+    planes = [*range(0xD800), *range(0xE000, 0x40000), *range(0xE0000, 0xF0000)]
+    return ["".join(map(chr, planes[i : i + 4096])) for i in range(0, len(planes), 4096)]
+
+
+def _bytes() -> dict[bytes, int]:
+    return {bytes([byte]): byte for byte in range(256)}
 
 
 def _gpt2_split(digits: str, after: str) -> str:
@@ -173,10 +214,7 @@ def compare_classes(pattern: str) -> None:
     import tiktoken
     from tokenizers import Regex, pre_tokenizers
 
-    # Planes 4 to 13 have never held a character, 15 and 16 are for private use.
-    planes = [*range(0xD800), *range(0xE000, 0x40000), *range(0xE0000, 0xF0000)]
-    blocks = ["".join(map(chr, planes[i : i + 4096])) for i in range(0, len(planes), 4096)]
-    ranks = {bytes([byte]): byte for byte in range(256)}
+    blocks, ranks = _blocks(), _bytes()
     classes = {*re.findall(r"\\p\{\w+\}", pattern), r"\s"}
     if "(?i:" in pattern:
         classes.add("(?i:[a-z])")

@@ -71,6 +71,19 @@ def check_same(backend, encoder, *, slow_at_most=0.0):
     assert left <= slow_at_most * len(texts)
 
 
+@pytest.mark.parametrize("name", ["smollm2", "digits"])
+def test_what_is_a_number_to_one_library_only(name, tmp_path):
+    """`Digits` has a table of its own."""
+    odd = fast_tokenizer.odd_digits()
+    assert "\U00011de0" in odd and not odd & set("0\u0660\u00b2\u4f60")
+    backend = trained(tmp_path, SPLITS[name])
+    encoder = FastEncoder(backend)
+    assert all(encoder.encode(f"x  {c} 1") is None for c in odd)
+    for c in "\u0660\u00b2\uff15\u2167":  # others, of which they think alike
+        text = f"x  {c}{c}1 {c}"
+        assert encoder.encode(text).tolist() == backend.encode(text, add_special_tokens=False).ids
+
+
 @pytest.mark.parametrize("name", SPLITS)
 def test_ids_are_the_same(name, tmp_path):
     backend = trained(tmp_path, SPLITS[name])
@@ -128,6 +141,16 @@ def test_added_tokens_that_are_not_special(tmp_path):
     encoder = FastEncoder(backend)
     assert encoder.encode("a <think> b") is None and encoder.encode("a <|endoftext|> b") is not None
     check_same(backend, encoder, slow_at_most=0.7)
+
+
+def test_an_added_token_before_a_combining_mark(tmp_path):
+    """It is looked for before the text is normalised, which would join its end with the mark."""
+    backend = trained(tmp_path, SPLITS["gpt2"])
+    backend.normalizer = normalizers.NFC()
+    backend.add_tokens([AddedToken("<think>", normalized=False)])
+    slow = backend.encode("<think>\u0338", add_special_tokens=False).ids
+    assert slow[0] == backend.token_to_id("<think>")
+    assert FastEncoder(backend).encode("<think>\u0338") is None
 
 
 def test_nfc(tmp_path):
