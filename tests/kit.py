@@ -19,6 +19,15 @@ from model import Transformer
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 2e-2}
 
 
+def some_slow(cases: dict[str, tuple], *quick: str) -> list:
+    """name -> arguments of a parametrized test's cases; all but the quick ones are slow."""
+    assert set(quick) < set(cases), quick
+    return [
+        pytest.param(*arguments, id=name, marks=() if name in quick else pytest.mark.slow)
+        for name, arguments in cases.items()
+    ]
+
+
 def rms_ratio(actual: Tensor, expected: Tensor) -> float:
     """RMS(actual - expected) / RMS(expected), in float64; inf where `actual` is not finite."""
     assert actual.shape == expected.shape, (tuple(actual.shape), tuple(expected.shape))

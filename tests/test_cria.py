@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import call_script, metric_rows
-from kit import assert_close_rms
+from kit import assert_close_rms, some_slow
 from test_runs import kd_flags, weights
 
 import cria
@@ -164,7 +164,10 @@ CASES = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize(("size", "more"), CASES.values(), ids=CASES)
+@pytest.mark.parametrize(
+    ("size", "more"),
+    some_slow(CASES, "all layers", "some", "LoLCATs", "kept rows", "one block in memory"),
+)
 def test_blocks_of_any_size(flags, size, more):
     joint, mine = joint_and_blocks(flags, size, *more)
     for name, p in joint.items():

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 from conftest import call_script
+from kit import some_slow
 from test_cria import flags, flags_of, job_of  # noqa: F401, a fixture
 
 import cria_job
@@ -66,17 +67,17 @@ def bytes_under(folder: Path) -> int:
 
 
 CASES = {
-    "align": ("--stages=align",),
-    "adapters": ("--stages=align,block",),
-    "all": ("--stages=align,block", "--block_train=all"),
-    "remainder": ("--stages=align", "--cria=3"),
-    "some": ("--stages=align", "--layers=0,3", "--cria=1"),
-    "unique": ("--stages=align", "--align_unique_tokens=1024"),
-    "bfloat16": ("--stages=align", "--dtype=bfloat16"),
+    "align": (("--stages=align",),),
+    "adapters": (("--stages=align,block",),),
+    "all": (("--stages=align,block", "--block_train=all"),),
+    "remainder": (("--stages=align", "--cria=3"),),
+    "some": (("--stages=align", "--layers=0,3", "--cria=1"),),
+    "unique": (("--stages=align", "--align_unique_tokens=1024"),),
+    "bfloat16": (("--stages=align", "--dtype=bfloat16"),),
 }
 
 
-@pytest.mark.parametrize("more", CASES.values(), ids=CASES)
+@pytest.mark.parametrize("more", some_slow(CASES, "adapters", "some", "bfloat16"))
 def test_disk_within_five_percent(flags, tmp_path, more, monkeypatch):  # noqa: F811
     """Of what a run leaves behind, and of what a block holds before its checkpoints go."""
     import cria

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import call_script, metric_rows, run_python
-from kit import assert_close_rms, logits, random_ids, tiny_model
+from kit import assert_close_rms, logits, random_ids, some_slow, tiny_model
 from test_runs import kd_flags, weights
 from torch import nn
 
@@ -170,7 +170,8 @@ def test_a_student_of_which_adapters_alone_are_trained(tiny_teacher, tiny_data, 
 LOLCATS = ("--align_hidden_weight=0", "--align_heads_weight=1000", "--align_maps_weight=1")
 
 
-@pytest.mark.parametrize("loss", [(), LOLCATS], ids=["hidden", "heads and maps"])
+@pytest.mark.parametrize("loss", some_slow({"hidden": ((),), "heads and maps": (LOLCATS,)},
+                                           "heads and maps"))  # fmt: skip
 def test_feature_maps_alone(tiny_teacher, tiny_data, tmp_path, loss):
     """LoLCATs' first stage; resumed inside it the rest of the mixer is as calibrated."""
     more = (*loss, "--mixer=hedgehog_window", "--align_train=feature_maps", "--stages=align",

@@ -326,7 +326,9 @@ quality.main({argv!r})
 """
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize(
+    "number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)]
+)
 def test_a_signal_ends_the_children(tiny_teacher, tiny_data, tmp_path, number):
     argv = ["loss", "--rows", "js", f"--out={tmp_path}", f"--base={BASE}", "--recall_tasks="]
     argv += [f"--teacher={tiny_teacher}", f"--data={tiny_data}"]

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from conftest import call_script
+from kit import some_slow
 from test_planner import config_of, kd_budget
 from test_runs import kd_flags, train_flags
 
@@ -26,10 +27,15 @@ def left_behind(budget: Budget) -> int:
     return sum(size for name, size in budget.disk if "being written" not in name)
 
 
-@pytest.mark.parametrize(
-    "more",
-    [[], ["--save_every=2", "--max_steps=5"], ["--distill_train=all"], ["--dtype=bfloat16"]],
-)
+CASES = {
+    "plain": ([],),
+    "saves": (["--save_every=2", "--max_steps=5"],),
+    "all": (["--distill_train=all"],),
+    "bfloat16": (["--dtype=bfloat16"],),
+}
+
+
+@pytest.mark.parametrize("more", some_slow(CASES, "plain", "saves"))
 def test_a_distillation_leaves_behind_what_was_planned(tiny_teacher, tiny_data, tmp_path, more):
     flags = kd_flags(tiny_teacher, tiny_data, tmp_path, "a", *more)
     budget = kd_budget(*flags)
