@@ -199,9 +199,11 @@ def stage_flops(
     seq_len: int,
     train: str = "all",
     shared: int = 0,
+    guided: bool = True,
 ) -> StageFlops:
     """FLOPs that a token of this stage needs; recomputation is not counted, and of `shared`, the
-    leading blocks that teacher and student have in common, one forward is.
+    leading blocks that teacher and student have in common, one forward is. guided: whether the
+    teacher runs; else it only tells which layers are converted.
 
     With F = forward_flops and, for one layer, P_in, P_o, P_mlp its weights (the taps of short
     convolutions are in P_o) and C the forward FLOPs of its attention or recurrence:
@@ -222,9 +224,8 @@ def stage_flops(
                    for each converted student layer, whose input needs no gradient,
                    (2 + 2) P_in + (2 + 2 + 2) P_o + 3 C. `train` changes nothing here.
 
-    Converted layers are those whose type is not the teacher's. Without a teacher of the same depth
-    they are the linear layers and the sliding ones; not these where both are there and the windows
-    differ, as conversion gives them the linear window.
+    Converted layers are those whose type is not the teacher's (without a teacher of the same
+    depth: the linear layers).
     """
     assert stage == "pretrain" or stage in STAGES, stage
     assert train in ("all", "mixers", "feature_maps", "lora"), train
@@ -245,7 +246,7 @@ def stage_flops(
             backward += 2 * mlp + 2 * out + 2 * core
             backward += 2 * inner if i > first else 0
             backward += 2 * (inner + out) if train == "mixers" and i in converted else 0
-    if teacher is None:
+    if teacher is None or not guided:
         return StageFlops(0.0, forward, backward)
     forward -= _first_blocks(student, shared, seq_len)
     return StageFlops(forward_flops(teacher, seq_len), forward, backward)
@@ -292,8 +293,5 @@ def _align_flops(
 def _converted_layers(student: ModelConfig, teacher: ModelConfig | None) -> list[int]:
     layers = range(student.num_hidden_layers)
     if teacher is None or teacher.num_hidden_layers != student.num_hidden_layers:
-        linear = [i for i in layers if student.layer_types[i] == "linear_attention"]
-        if linear and student.sliding_window != student.linear_window:
-            return linear
-        return [i for i in layers if student.layer_types[i] != "full_attention"]
+        return [i for i in layers if student.layer_types[i] == "linear_attention"]
     return [i for i in layers if student.layer_types[i] != teacher.layer_types[i]]

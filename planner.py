@@ -162,8 +162,10 @@ def stage_budget(
     """Work and saves; teacher: also --reference of train.py; shared: as `stage_flops`."""
     plan, s = stage.plan, stage.plan.stage
     kind = plan.name if isinstance(cfg, DistillConfig) else "pretrain"
-    guide = teacher if uses_teacher(kind, s) else None
-    work = stage_flops(kind, stage.student.config, guide, s.seq_len, s.train, shared)
+    guided = uses_teacher(kind, s)
+    work = stage_flops(
+        kind, stage.student.config, teacher, s.seq_len, s.train, shared, guided=guided
+    )
     total = total_flops(plan, work)
     trained = sum(p.numel() for p in stage.objective.params.values())
     count = 1

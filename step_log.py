@@ -121,11 +121,11 @@ def flop_rates(run: Run, plan: StagePlan, student: Transformer, teacher, shared:
     `flops.stage_flops`."""
     seq = plan.stage.seq_len
     config = student.config
-    guided = teacher and uses_teacher(plan.name, plan.stage)
     return {
         "model": model_flops_per_token(config, seq, num_matmul_params=matmul_params(config)),
         "useful": stage_flops(
-            plan.name, config, teacher.config if guided else None, seq, plan.stage.train, shared
+            plan.name, config, teacher.config if teacher else None, seq, plan.stage.train, shared,
+            guided=uses_teacher(plan.name, plan.stage),
         ),
         "peak": peak_flops(run.world.device, run.dtype, run.cfg.peak_flops),
     }  # fmt: skip

@@ -266,6 +266,14 @@ def test_hours_are_those_of_the_useful_flops(capsys):
 # ---- --plan
 
 
+def test_a_stage_without_a_teacher_knows_what_it_trains():
+    """Sliding layers that were full ones of the teacher, which this stage does not run."""
+    flags = ("--teacher=configs/shapes/llama-3.1-70b", "--layers=60-79", "--mixer=sliding_window",
+             "--stages=align,long", "--long_train=mixers", "--plan_device=H100")  # fmt: skip
+    work = kd_budget("--config=configs/smollm2.yaml", *flags, "--plan").stages[-1].per_token
+    assert work.teacher == 0 and work.backward > 0.25 * work.forward
+
+
 def test_a_plan_writes_nothing_and_loads_nothing(tmp_path, capsys, monkeypatch):
     """Of a teacher that is a config.json alone."""
     (tmp_path / "teacher").mkdir()
