@@ -118,8 +118,9 @@ def read_yaml(path: str | Path) -> dict[str, str]:
         raise UserError(f"--config: {path} holds a {type(tree).__name__}, settings expected")
     flat = {}
     for key, value in tree.items():
-        inside = {f"{key}_{k}": v for k, v in value.items()} if isinstance(value, dict) else {}
-        for flag, found in (inside or {key: value}).items():
+        nested = isinstance(value, dict)
+        inside = {f"{key}_{k}": v for k, v in value.items()} if nested else {key: value}
+        for flag, found in inside.items():
             if flag in flat:
                 raise UserError(f"{path}: {flag} found twice, once expected")
             items = found if isinstance(found, list) else [found]

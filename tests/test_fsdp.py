@@ -354,9 +354,21 @@ def test_ranks_choose_the_same(monkeypatch):
     for flag, mine in (("--align_micro_batch", 4), ("--reshard_after_forward", "never")):
         with pytest.raises(UserError, match=f"{flag}: .* and .* found"):
             distributed.require_same(theirs | {flag: mine}, world)
-    monkeypatch.setattr(distributed, "everyone", lambda value, world: [value, theirs])
     with pytest.raises(UserError, match="--parallel: ddp and fsdp found"):
         distributed.require_same(fsdp.parallel_flags(False, False), world)
+
+
+def test_a_run_whose_ranks_chose_otherwise_is_refused(tiny_teacher, tiny_data, tmp_path):
+    patch = """
+import stage_plan
+if os.environ["RANK"] == "1":
+    stage_plan.MICRO_BATCH_TOKENS = 32
+"""
+    script = driver(tmp_path, patch, "train_kd")
+    flags = kd_flags(tiny_teacher, tiny_data, tmp_path, "x", "--align_batch_tokens=256")
+    result = run_python(script, *flags, ranks=2, check=False, timeout=120)
+    assert result.returncode and "error: --align_micro_batch: " in result.stderr
+    assert not (tmp_path / "x").exists()
 
 
 def test_what_needs_whole_models_is_refused(tiny_teacher, tiny_data, tmp_path, refused):

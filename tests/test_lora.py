@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from types import SimpleNamespace
+from unittest import mock
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from kit import assert_close_rms, logits, random_ids, some_slow, tiny_model
 from test_runs import kd_flags, weights
 from torch import nn
 
+import trainer
 from checkpoint import tensor_names
 from config import DistillConfig
 from distributed import World
@@ -143,12 +145,16 @@ def test_a_stage_trains_adapters_alone(tiny_teacher, tiny_data, tmp_path, capsys
     assert all(p.equal(resumed[name]) for name, p in done.items())
 
 
-def test_a_student_of_which_adapters_alone_are_trained(tiny_teacher, tiny_data, tmp_path):
+def test_a_student_of_which_adapters_alone_are_trained(
+    tiny_teacher, tiny_data, tmp_path, monkeypatch
+):
     """All else stays in the compute type and out of checkpoints; what they come to is float32."""
     call_script("train_kd", *kd_flags(tiny_teacher, tiny_data, tmp_path, "s", "--stages=align"))
     more = (*LORA, f"--student={tmp_path / 's' / 'model'}", "--stages=distill", "--save_every=10",
             "--keep_checkpoints=9", "--dtype=bfloat16", "--lora_dropout=0.1")  # fmt: skip
+    monkeypatch.setattr(trainer, "seed_dropout", mock.Mock(wraps=seed_dropout))
     call_script("train_kd", *kd_flags(tiny_teacher, tiny_data, tmp_path, "a", *more))
+    assert trainer.seed_dropout.call_count == len(metric_rows(tmp_path / "a")) > 10
     given, done = weights(tmp_path / "s" / "model"), weights(tmp_path / "a" / "model")
     assert given.keys() == done.keys()
     for name, p in done.items():
