@@ -105,10 +105,12 @@ def _set_all(cfg, values: dict, origin: str) -> set[str]:
 
 def read_yaml(path: str | Path) -> dict[str, str]:
     """A preset as flat flag -> text. Settings of a group may be nested (`align: {lr: 1e-3}`)."""
-    path = Path(path)
+    path, ours = Path(path), Path(__file__).parent
     if not path.is_file():
-        have = ", ".join(sorted(str(p) for p in Path("configs").glob("*.yaml")))
-        raise UserError(f"--config: no file {path}; there are: {have or 'none'}")
+        if not (ours / path).is_file():  # the script may be run from anywhere
+            have = ", ".join(sorted(f"configs/{p.name}" for p in ours.glob("configs/*.yaml")))
+            raise UserError(f"--config: no file {path}; there are: {have or 'none'}")
+        path = ours / path
     try:
         # BaseLoader keeps every scalar as text: no sexagesimal 3:1, no 1e-3 read as a string.
         tree = yaml.load(path.read_text(), Loader=EachOnce) or {}

@@ -112,6 +112,16 @@ def test_every_shipped_preset_loads():
         cli.load_config(cls, {}, path)
 
 
+def test_shipped_presets_are_found_from_any_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert load(DistillConfig, preset="configs/try.yaml").max_steps == 2
+    with pytest.raises(UserError, match=r"no file configs/try.yml; .* configs/try.yaml$"):
+        load(DistillConfig, preset="configs/try.yml")
+    Path("configs").mkdir()
+    Path("configs/try.yaml").write_text("max_steps: 3\n")  # one's own comes first
+    assert load(DistillConfig, preset="configs/try.yaml").max_steps == 3
+
+
 @pytest.mark.parametrize("cls", [PretrainConfig, DistillConfig])
 def test_help_names_every_field_with_a_comment(cls):
     text = cli.help_text(cls, "")
