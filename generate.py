@@ -10,15 +10,17 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import math
 import sys
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from config import UserError
 from distributed import choose_device
 from hybrid_layers import resolve_kernels, use_kernels
-from model import Transformer
+from model import Transformer, is_fsdp
 from tokenizer import load_tokenizer
 
 
@@ -133,6 +135,8 @@ def generate_batch(
     logits = decoder.prefill(prompts)
     while True:
         tokens = [pick(row, temperature, top_p, generator) for row in logits]
+        if is_fsdp(model):
+            tokens = first_ranks(tokens, logits.device)
         for ids, token in zip(new, tokens, strict=True):
             if not ids or ids[-1] != eos:
                 ids.append(token)
@@ -144,6 +148,14 @@ def generate_batch(
 def generate(model: Transformer, ids: list[int], max_new_tokens: int, **options) -> list[int]:
     """Continue one prompt; options as of `generate_batch`."""
     return generate_batch(model, [ids], max_new_tokens, **options)[0]
+
+
+def first_ranks(tokens: list[int], device: torch.device) -> list[int]:
+    """Rank 0's. Every rank decodes a model that is cut, in steps that all take part in: ranks whose
+    logits differ in a last bit would go on with other tokens, stop at other ends, and wait."""
+    told = torch.tensor(tokens, device=device)
+    dist.broadcast(told, src=0)
+    return told.tolist()
 
 
 def pick(
@@ -174,6 +186,12 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--chat", action="store_true", help="wrap the prompt in ChatML turns")
     args = parser.parse_args(argv)
     try:
+        if not 0 <= args.temperature < math.inf:
+            raise UserError(f"--temperature: {args.temperature:g} found, 0 or more expected")
+        if not 0 < args.top_p <= 1:
+            raise UserError(f"--top_p: {args.top_p:g} found, above 0 and at most 1 expected")
+        if args.max_new_tokens < 0:
+            raise UserError(f"--max_new_tokens: {args.max_new_tokens} found, 0 or more expected")
         device = choose_device(args.device)
         model = load_model(args.model, device=device)
         tokenizer = load_tokenizer(tokenizer_spec(args.model))

@@ -432,6 +432,8 @@ def write_folder(
 
 def _copy_tokenizer(source: Path, folder: Path, kind: str) -> bool:
     """Copy the tokenizer's files, if there are any; whether `folder` has a tokenizer.json then."""
+    if source.name == "tokenizer.json":
+        source = source.parent
     if source.is_dir():
         for name in TOKENIZER_FILES:
             if (source / name).is_file():

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from config import ModelConfig, Transfer, UserError
 from layers import ShortConvolution
+from lora import is_lora
 from mixers.deltanet import DeltaNet
 from mixers.gated_deltanet import GatedDeltaNet
 from mixers.gla import GatedLinearAttention
@@ -210,11 +211,12 @@ def mixer_parameters(model: nn.Module, layers: list[int]) -> dict[str, nn.Parame
 
 
 def cast_trunk(model: nn.Module, layers: list[int], dtype: torch.dtype) -> None:
-    """Store the matrices outside the attention of `layers` in `dtype`, in place. Gradients and
-    AdamW's state have a parameter's dtype, so bfloat16 is half the memory (see optimizer.AdamW)."""
+    """Store the matrices outside the attention of `layers`, adapters apart, in `dtype`, in place.
+    Gradients and AdamW's state have a parameter's dtype, so bfloat16 is half the memory (see
+    optimizer.AdamW)."""
     mixers = mixer_parameters(model, layers)
     for name, p in model.named_parameters():
-        if name not in mixers and p.ndim > 1:
+        if name not in mixers and p.ndim > 1 and not is_lora(name):
             p.data = p.data.to(dtype)
 
 

@@ -42,7 +42,8 @@ class LoRALinear(nn.Linear):
         self.lora_B = nn.Parameter(torch.zeros(out, rank, device=device))
 
     def forward(self, x: Tensor) -> Tensor:
-        training = self.training and torch.is_grad_enabled()  # evaluations leave the mode alone
+        # Evaluations leave the mode alone; a stage that trains something else drops nothing.
+        training = self.training and torch.is_grad_enabled() and self.lora_A.requires_grad
         narrow = F.linear(F.dropout(x, self.dropout, training), self.lora_A)
         return F.linear(x, self.weight, self.bias) + F.linear(narrow * self.scale, self.lora_B)
 

@@ -62,6 +62,11 @@ def check_align_loss(cfg: DistillConfig, student: ModelConfig, teacher: ModelCon
         if odd:
             value = str(getattr(found, odd[0])).removesuffix(".0")
             raise UserError(f"--{stage}_{odd[0]}: {value} found, which is for {whose}")
+        if stage not in others and not found.kd_weight and found.ce_weight != 1:
+            raise UserError(
+                f"--{stage}_ce_weight: {found.ce_weight:g} found, 1 expected with "
+                f"--{stage}_kd_weight 0"
+            )
     if "align" not in cfg.stage_names():
         return
     stage, mixers = cfg.align, [mixer_class(name) for name in student.mixer]
@@ -225,6 +230,17 @@ def check_aligned(cfg, found: ModelConfig, wanted: ModelConfig, layers: list[int
         )
         if mine != theirs:
             raise UserError(f"--aligned: {theirs} found at layer {i}, {mine} expected")
+    kinds = {wanted.mixer_name(i) for i in layers if wanted.layer_types[i] == "linear_attention"}
+    used = {  # what changes a layer's function, but not its parameters
+        "linear_rope": kinds - {"hedgehog_window"},
+        "linear_feature_map": kinds & {"linear_attention"},
+        "linear_window": kinds & {"hedgehog_window"},
+        "sliding_window": "sliding_attention" in {wanted.layer_types[i] for i in layers},
+    }
+    for name in (name for name, some in used.items() if some):
+        mine, theirs = getattr(wanted, name), getattr(found, name)
+        if mine != theirs:
+            raise UserError(f"--aligned: {name} {theirs} found, {mine} expected")
 
 
 def shares_trunk(cfg: DistillConfig, fsdp: bool) -> bool:
@@ -357,7 +373,8 @@ def set_trainable(student: Transformer, stage: StageConfig, layers: list[int]) -
         set() if stage.hidden_weight else {"o_proj"} if stage.heads_weight else {"o_proj", "v_proj"}
     )
     parts = {
-        "all": lambda name: True, "mixers": lambda name: name in mixers, "lora": is_lora,
+        "all": lambda name: not is_lora(name), "lora": is_lora,
+        "mixers": lambda name: name in mixers,
         "feature_maps": lambda name: name in mixers and is_feature_map(name),
     }  # fmt: skip
     for name, p in student.named_parameters():

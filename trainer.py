@@ -408,10 +408,14 @@ def quiet_gc():
             gc.enable()
 
 
-def seed_dropout(run: Run) -> None:
-    """Each rank drops what it will, and a run that goes on the same as it would have."""
+@contextmanager
+def own_dropout(run: Run):
+    """Each rank drops what it will, and a run that goes on the same as it would have. What else
+    draws numbers, stochastic rounding, goes on drawing the same on all ranks."""
     world = run.world
-    torch.manual_seed(run.cfg.seed + 1_000_003 * (run.step * world.size + world.rank))
+    with torch.random.fork_rng([world.device] if world.device.type == "cuda" else []):
+        torch.manual_seed(run.cfg.seed + 1_000_003 * (run.step * world.size + world.rank))
+        yield
 
 
 def one_step(
@@ -419,8 +423,6 @@ def one_step(
 ) -> dict:  # fmt: skip
     """One optimizer step; returns 0-d tensors and numbers, without waiting for the device."""
     stage, world = plan.stage, run.world
-    if stage.train == "lora" and run.cfg.lora_dropout:
-        seed_dropout(run)
     factor = lr_factor(
         step, schedule=stage.schedule, total_steps=plan.steps, warmup_steps=stage.warmup_steps,
         min_ratio=stage.min_lr_ratio, decay_fraction=stage.decay_fraction,
@@ -435,7 +437,8 @@ def one_step(
     count = torch.full((), count, device=world.device)  # a fill; torch.tensor would wait
     count = all_sum(count, world).clamp_(min=1)
     run.pace.together()
-    with run.amp(), sdpa_priority(world.device):
+    dropout = own_dropout(run) if stage.train == "lora" and run.cfg.lora_dropout else nullcontext()
+    with run.amp(), sdpa_priority(world.device), dropout:
         sums = objective.backward([b.to(world.device) for b in batches], count, run.pace.computed)
     norm = objective.clip(stage.grad_clip)
     run.protect()

@@ -222,6 +222,7 @@ def test_refusals(refused, script, argv, says):
         (["--layers=1", "--align_micro_batch=3"], "a multiple of 1 ranks x 3 rows"),
         (["--layers=1", "--accumulation_steps=3"], "--accumulation_steps"),
         (["--layers=1", "--align_loss=js"], "--align_loss: js found, which is for distill"),
+        (["--layers=1", "--distill_kd_weight=0"], "--distill_ce_weight: 0 found, 1 expected"),
         (["--layers=1", "--distill_unique_tokens=64"], "which is for the stage align"),
         (["--layers=1", "--long_maps_weight=1", "--stages=long"], "for the stage align"),
     ],

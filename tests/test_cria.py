@@ -423,6 +423,15 @@ def test_another_run_in_the_folder_is_refused(flags, refused):
         assert "--run:" in line and "the same expected" in line
 
 
+def test_an_ordinary_runs_folder_is_refused(flags, refused, tmp_path):
+    log = tmp_path / "a" / "metrics.jsonl"
+    log.parent.mkdir()
+    log.write_text("{}\n")
+    for more in ((), ("--resume=auto",)):
+        assert "exists already" in refused("train_kd", *flags("a", "--cria=2", *more))
+    assert [p.name for p in log.parent.iterdir()] == [log.name] and log.read_text() == "{}\n"
+
+
 def test_the_stage_block_is_of_cria(flags, refused):
     assert "block is of --cria" in refused("train_kd", *flags("x", "--stages=align,block,distill"))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from functools import partial
 from unittest import mock
 
@@ -17,6 +18,7 @@ from torch import nn
 
 import distributed
 import fsdp
+import generate
 from config import DistillConfig, UserError
 from distributed import World
 from fsdp import (
@@ -209,6 +211,25 @@ def mixers_in_pieces(rank: int, ranks: int, rendezvous: str) -> None:
 
 def test_every_mixer_in_pieces(tmp_path):
     mp.spawn(mixers_in_pieces, (2, str(tmp_path / "rendezvous")), nprocs=2)
+
+
+def decoding_in_pieces(rank: int, ranks: int, rendezvous: str) -> None:
+    """A rank whose logits differ in a last bit picks another token, here the end of text."""
+    torch.set_num_threads(1)
+    how = {"init_method": f"file://{rendezvous}", "rank": rank, "world_size": ranks}
+    dist.init_process_group("gloo", **how)
+    model = tiny_model("LF", dtype=torch.float32)
+    prompts = [[3, 1, 4], [1, 5]]
+    wanted = generate.generate_batch(model, prompts, 6, eos=0)
+    assert all(len(ids) == 6 and 0 not in ids for ids in wanted)
+    shard(model, World(rank, ranks, torch.device("cpu")), dtype=torch.float32, amp=nullcontext)
+    with mock.patch.object(generate, "pick", generate.pick if not rank else lambda *_: 0):
+        assert generate.generate_batch(model, prompts, 6, eos=0) == wanted
+    leave()
+
+
+def test_ranks_decode_the_same_tokens(tmp_path):
+    mp.spawn(decoding_in_pieces, (2, str(tmp_path / "rendezvous")), nprocs=2)
 
 
 def pieces_of_folders(rank: int, ranks: int, rendezvous: str, folders: list[str]) -> None:

@@ -149,6 +149,17 @@ def test_command(folder, flags, capsys):
     assert len(out.strip()) > 4
 
 
+@pytest.mark.parametrize(
+    "flag", ["--temperature=nan", "--temperature=-0.5", "--top_p=0", "--max_new_tokens=-3"]
+)
+def test_settings_that_cannot_be(folder, flag, capsys):
+    with pytest.raises(SystemExit) as stop:
+        script.main([folder, "ab", "--device", "cpu", flag])
+    err = capsys.readouterr().err
+    assert stop.value.code == 2 and err.startswith(f"error: {flag.split('=')[0]}: ")
+    assert err.count("\n") == 1
+
+
 def test_chat_encodes_control_tokens_as_such(folder, monkeypatch):
     """The prompt of --chat holds <|im_start|>, which must not be spelled out in pieces."""
     asked = []

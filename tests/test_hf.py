@@ -252,7 +252,8 @@ def test_tokenizer_files_travel(tmp_path):
     (source / "optimizer.pt").touch()
     save_model(tiny_model("F"), tmp_path / "a", tokenizer_from=source)
     save_model(tiny_model("L"), tmp_path / "b", tokenizer_from=tmp_path / "a")
-    for folder in (tmp_path / "a", tmp_path / "b"):
+    save_model(tiny_model("L"), tmp_path / "d", tokenizer_from=source / "tokenizer.json")
+    for folder in (tmp_path / n for n in "abd"):
         for name in files:
             assert (folder / name).read_bytes() == (source / name).read_bytes()
         assert not (folder / "optimizer.pt").exists()

@@ -15,12 +15,13 @@ from torch import nn
 
 import trainer
 from checkpoint import tensor_names
-from config import DistillConfig
+from config import DistillConfig, StageConfig
 from distributed import World
-from hybrid_layers import MIXERS
+from hybrid_layers import MIXERS, cast_trunk
 from lora import LoRALinear, add_lora, is_lora, lora_parameters, merge_lora
 from optimizer import param_role
-from trainer import seed_dropout
+from student import set_trainable
+from trainer import own_dropout
 
 
 def adapted(model, **changes):
@@ -82,11 +83,15 @@ def test_merged_is_the_same_and_leaves_a_shared_weight_alone():
 
 def test_each_rank_drops_what_it_will():
     drawn = set()
+    torch.manual_seed(5)
+    wanted = torch.rand(())
+    torch.manual_seed(5)
     for step, rank in ((7, 0), (7, 1), (8, 0), (8, 1), (7, 1)):
         world = World(rank, 2, torch.device("cpu"))
-        seed_dropout(SimpleNamespace(cfg=DistillConfig(), world=world, step=step))
-        drawn.add(torch.rand(()).item())
+        with own_dropout(SimpleNamespace(cfg=DistillConfig(), world=world, step=step)):
+            drawn.add(torch.rand(()).item())
     assert len(drawn) == 4
+    assert torch.rand(()) == wanted  # what else draws does so alike on all ranks
 
 
 @pytest.mark.parametrize("mixer", MIXERS)
@@ -114,6 +119,18 @@ def test_dropout_is_for_training_only():
     assert not new(ids).equal(new(ids))
     with torch.no_grad():
         assert new(ids).equal(new(ids))
+    set_trainable(new, StageConfig(train="mixers"), [1])  # a stage after the adapters' own
+    assert new(ids).requires_grad and new(ids).equal(new(ids))
+
+
+def test_a_stage_that_trains_all_or_the_trunks_type_leaves_adapters_alone():
+    new = adapted(tiny_model("FL", dtype=torch.float32))
+    set_trainable(new, StageConfig(train="all"), [1])
+    trained = {n for n, p in new.named_parameters() if p.requires_grad}
+    assert trained == {n for n, _ in new.named_parameters()} - set(lora_parameters(new))
+    cast_trunk(new, [1], torch.bfloat16)
+    assert {p.dtype for p in lora_parameters(new).values()} == {torch.float32}
+    assert new.layers[0].self_attn.q_proj.weight.dtype == torch.bfloat16
 
 
 TARGETS = ("q_proj.weight", "k_proj.weight", "v_proj.weight", "o_proj.weight")
@@ -152,9 +169,9 @@ def test_a_student_of_which_adapters_alone_are_trained(
     call_script("train_kd", *kd_flags(tiny_teacher, tiny_data, tmp_path, "s", "--stages=align"))
     more = (*LORA, f"--student={tmp_path / 's' / 'model'}", "--stages=distill", "--save_every=10",
             "--keep_checkpoints=9", "--dtype=bfloat16", "--lora_dropout=0.1")  # fmt: skip
-    monkeypatch.setattr(trainer, "seed_dropout", mock.Mock(wraps=seed_dropout))
+    monkeypatch.setattr(trainer, "own_dropout", mock.Mock(wraps=own_dropout))
     call_script("train_kd", *kd_flags(tiny_teacher, tiny_data, tmp_path, "a", *more))
-    assert trainer.seed_dropout.call_count == len(metric_rows(tmp_path / "a")) > 10
+    assert trainer.own_dropout.call_count == len(metric_rows(tmp_path / "a")) > 10
     given, done = weights(tmp_path / "s" / "model"), weights(tmp_path / "a" / "model")
     assert given.keys() == done.keys()
     for name, p in done.items():

@@ -225,6 +225,8 @@ def test_aligned_mixers_are_taken_over(tiny_teacher, tiny_data, tmp_path, refuse
         "train_kd", *kd_flags(tiny_teacher, tiny_data, tmp_path, name, *more)
     )
     assert "gated_deltanet found at layer 1" in call("x", aligned, "--mixer=gla", "--layers=1")
+    rope = ("--layers=0,2", "--stages=distill", "--linear_rope=True", aligned)
+    assert "linear_rope False found, True expected" in call("x", *rope)
     assert "--aligned" in call("x", "--aligned=nowhere")
     assert "--aligned" in call("x", "--layers=auto:0.5", "--stages=distill")
     assert "auto:0.9 found" in call("x", "--layers=auto:0.9")
