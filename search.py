@@ -35,7 +35,7 @@ import torch
 from torch import Tensor, nn
 
 from config import Search, UserError
-from data import Batch, PackedLoader, eval_batches
+from data import Batch, PackedLoader, eval_batches, require_rows
 from distributed import World, sum_gradients
 from evaluate import Evaluator, eval_rows, inputs
 from hybrid_layers import convert_layers
@@ -270,6 +270,29 @@ def answer_loss(student: Transformer, batch: Batch) -> Tensor:
     ).loss
 
 
+def questions_of(settings: Search, tokenizer, seed: int) -> list[Question]:
+    """What a search asks, none where recall does not count. UserError where a row is too short."""
+    if not settings.recall_samples:
+        return []
+    try:
+        return questions(
+            tokenizer, lengths=(settings.seq_len,), depths=(0.1, 0.5), seed=seed,
+            samples=-(-settings.recall_samples // 2),
+        )  # fmt: skip
+    except UserError as e:
+        reason = str(e).removeprefix("--recall_lengths: ")
+        raise UserError(
+            f"--search_seq_len: {settings.seq_len} found, too short to ask for recall ({reason}); "
+            f"a longer one, or --search_recall_samples 0, expected"
+        ) from None
+
+
+def check_text(settings: Search, val_data: Mixture, tokenizer, seed: int) -> None:
+    """UserError, before anything is trained, where a search would find no text or no questions."""
+    require_rows(val_data, settings.seq_len)
+    questions_of(settings, tokenizer, seed)
+
+
 def choose_layers(
     student: Transformer, teacher: Transformer, candidates: list[int], *, share: float,
     settings: Search, train_data: Mixture, val_data: Mixture, tokenizer, amp,
@@ -287,13 +310,7 @@ def choose_layers(
     )
 
     def ask(seed: int, rows: int) -> list[Batch]:
-        if not settings.recall_samples:
-            return []
-        asked = questions(
-            tokenizer, lengths=(seq_len,), depths=(0.1, 0.5), seed=seed,
-            samples=-(-settings.recall_samples // 2),
-        )  # fmt: skip
-        return answer_batches(asked, tokenizer, rows)
+        return answer_batches(questions_of(settings, tokenizer, seed), tokenizer, rows)
 
     asked = ask(seed, rows)
     scorer = Scorer(

@@ -55,7 +55,7 @@ from objectives import AlignObjective, HeadObjective
 from ops.float8_linear import float8_copy, supports_float8
 from prompts import IN_RUN, PROMPTS
 from recompute import set_recompute
-from search import FILE, choose_layers, pattern_table, read_choice, write_choice
+from search import FILE, check_text, choose_layers, pattern_table, read_choice, write_choice
 from shard_writer import write_file
 from stage_plan import plan_stage, set_length
 from student import build_models, calibrate, preflight, run_identity, set_trainable, to_save
@@ -154,6 +154,9 @@ def distil(cfg: DistillConfig, argv: list[str]) -> None:
         )
     data, train_data, val_data = main_first(world, lambda: open_data(cfg, tokenizer, build=True))
 
+    share = auto_share(cfg.layers) if convert and not cfg.keep_layers else None
+    if share is not None:
+        check_text(cfg.search, val_data, tokenizer, cfg.seed)
     for plan in plans:
         set_length(plan, cfg, train_data)
     teacher, source, student, shared = build_models(cfg, layers, convert, world, dtype, fsdp)
@@ -224,7 +227,6 @@ def distil(cfg: DistillConfig, argv: list[str]) -> None:
             compile_blocks(guide)
         if not table.has("teacher in float8"):
             table.add("teacher in float8", evaluator(guide))
-    share = auto_share(cfg.layers) if convert and not cfg.keep_layers else None
 
     def restore(chosen: list[int]) -> list[int]:
         """Make all converted layers but the chosen ones softmax again."""

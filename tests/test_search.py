@@ -210,6 +210,14 @@ def test_search_within_a_run(tiny_teacher, tiny_data, tmp_path, capsys, refused)
     assert "search" in refused("train_kd", *other)
 
 
+def test_a_search_without_text_or_questions_is_refused(tiny_teacher, tiny_data, tmp_path, refused):
+    for length, samples, line in ((8, 2, "--search_seq_len: 8 found"), (90_000, 0, "90001")):
+        more = (f"--search_seq_len={length}", f"--search_recall_samples={samples}")
+        flags = kd_flags(tiny_teacher, tiny_data, tmp_path, "x", "--layers=auto:0.5", *more)
+        assert line in refused("train_kd", *flags)
+        assert not (tmp_path / "x").exists()  # before anything is trained
+
+
 def test_aligned_mixers_are_taken_over(tiny_teacher, tiny_data, tmp_path, refused):
     flags = kd_flags(tiny_teacher, tiny_data, tmp_path, "all", "--layers=all", "--stages=align")
     call_script("train_kd", *flags)
