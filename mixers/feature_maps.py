@@ -35,7 +35,8 @@ class Elu(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, T, H, K] -> [B, T, H, K]."""
-        return x.relu() + x.clamp(max=0).exp()
+        # Not clamp: at 0 its gradient is that of torch's version.
+        return x.relu() + x.masked_fill(x > 0, 0).exp()
 
 
 class Hedgehog(nn.Module):

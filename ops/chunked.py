@@ -175,7 +175,9 @@ def scores(q: Tensor, k: Tensor, gq: Tensor, gk: Tensor, mask: Tensor) -> Tensor
         return qk * (gq - gk.mT).masked_fill(~mask, -torch.inf).exp()
     size = NEAR
     qi, kj, gi, gj = (x.unflatten(-2, (-1, size)) for x in (q, k, gq, gk))  # [..., blocks, NEAR, K]
-    decay = (gi.unsqueeze(-2) - gj.unsqueeze(-3)).clamp(max=0).exp()  # j > i is masked at the end
+    near = gi.unsqueeze(-2) - gj.unsqueeze(-3)
+    # j > i is masked at the end. Not clamp: from torch 2.14 on it has no gradient where g is 0.
+    decay = near.masked_fill(near > 0, 0).exp()
     out = torch.einsum("...ijk,...ik->...ij", decay * kj.unsqueeze(-3), qi)
     while size < q.shape[-2]:
         pairs = (x.unflatten(-2, (-1, 2, size)).unbind(-3) for x in (q, k, gq, gk))

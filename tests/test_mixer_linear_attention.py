@@ -105,6 +105,12 @@ def test_elu_in_bfloat16_keeps_small_values():
     torch.testing.assert_close(feature_map("elu", 4)(x).float(), expected, rtol=2**-8, atol=0)
 
 
+def test_slope_of_elu():
+    x = torch.tensor([-1.0, 0.0, 1.0], requires_grad=True)
+    feature_map("elu", 3)(x).sum().backward()
+    torch.testing.assert_close(x.grad, torch.tensor([-1.0, 0.0, 0.0]).exp())
+
+
 def test_hedgehog_starts_as_a_softmax_of_both_signs():
     maps = feature_map("hedgehog", 5)
     maps.init_weights()
