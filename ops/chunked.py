@@ -159,6 +159,12 @@ class Chunks:
         return (kept * self.keep if self.packed else kept).mT
 
 
+def _blocks(mask: Tensor) -> Tensor:
+    """[..., C, C] -> its blocks of NEAR tokens on the diagonal, [..., C / NEAR, NEAR, NEAR, 1]."""
+    cut = mask.unflatten(-1, (-1, NEAR)).unflatten(-3, (-1, NEAR))
+    return cut.diagonal(dim1=-4, dim2=-2).movedim(-1, -3).unsqueeze(-1)
+
+
 def scores(q: Tensor, k: Tensor, gq: Tensor, gk: Tensor, mask: Tensor) -> Tensor:
     """sum_K q_i k_j exp(gq_i - gk_j) where mask, else 0: [B, H, n, C, C].
 
@@ -176,8 +182,7 @@ def scores(q: Tensor, k: Tensor, gq: Tensor, gk: Tensor, mask: Tensor) -> Tensor
     size = NEAR
     qi, kj, gi, gj = (x.unflatten(-2, (-1, size)) for x in (q, k, gq, gk))  # [..., blocks, NEAR, K]
     near = gi.unsqueeze(-2) - gj.unsqueeze(-3)
-    # j > i is masked at the end. Not clamp: from torch 2.14 on it has no gradient where g is 0.
-    decay = near.masked_fill(near > 0, 0).exp()
+    decay = near.masked_fill(~_blocks(mask), -torch.inf).exp()
     out = torch.einsum("...ijk,...ik->...ij", decay * kj.unsqueeze(-3), qi)
     while size < q.shape[-2]:
         pairs = (x.unflatten(-2, (-1, 2, size)).unbind(-3) for x in (q, k, gq, gk))
@@ -241,7 +246,7 @@ def linear_within(
     total = step.cumsum(-2)
     seen, mask = total, chunks.causal
     if bonus is not None:
-        seen, mask = total - step, mask & ~torch.eye(chunks.size, dtype=torch.bool, device=q.device)
+        seen, mask = F.pad(total, (0, 0, 1, -1)), mask.tril(-1)
     o = scores(q, k, seen, total, mask) @ v
     if bonus is not None:
         o = o + (q * bonus.to(q.dtype)[:, None, None] * k).sum(-1, keepdim=True) * v
@@ -260,17 +265,20 @@ def carry(
     if total.shape[-1] > 1:
         return _carry_loop(new, chunks.keeps(total), initial_state)
     # One decay per head: a product with the [n + 1, n] matrix of decays between chunks.
-    past = F.pad(total[..., -1, 0].cumsum(-1), (1, 0))  # [B, H, n + 1], before each chunk
+    last = F.pad(total[..., -1, 0], (1, 0))  # [B, H, n + 1], of the chunk before each
     n = chunks.n
     earlier = torch.ones(n + 1, n, dtype=torch.bool, device=new.device).tril(-1)
+    inner = earlier.tril(-2)
     if chunks.packed:
         end = chunks.end[..., 0]  # [B, 1, n]
         entering = torch.cat([chunks.before[..., 0], end[..., -1:]], -1)
         earlier = earlier & (entering[..., :, None] == end[..., None, :])
-    between = (past[..., :, None] - past[..., None, 1:]).masked_fill(~earlier, -torch.inf).exp()
+    # Each span is summed by itself: differences of sums over the row lose digits as it gets longer.
+    spans = last.unsqueeze(-1).where(inner, 0).cumsum(-2)  # [B, H, n + 1, n]
+    between = spans.masked_fill(~earlier, -torch.inf).exp()
     states = (between @ new.flatten(-2)).unflatten(-1, new.shape[-2:])
     if not chunks.packed:  # a packed row has no initial state
-        states = states + past.exp()[..., None, None] * initial_state.unsqueeze(2)
+        states = states + last.cumsum(-1).exp()[..., None, None] * initial_state.unsqueeze(2)
     # A copy: as a view, the last state would keep those of all chunks.
     return states[:, :, :-1], states[:, :, -1].clone()
 

@@ -22,6 +22,7 @@ None. Outputs have v's dtype.
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ops.chunked import CHUNK, Chunks, by_steps, per_document, scan_delta, scores, zero_state
@@ -105,7 +106,7 @@ def chunk_rwkv7(
         r, w, k, v, a, b = (chunks.cut(x) for x in (r, w, k, v, a, b))
         r = r * (1.0 if scale is None else scale)
         total = w.cumsum(-2)
-        before = total - w  # up to the token before
+        before = F.pad(total, (0, 0, 1, -1))  # up to the token before
         earlier = chunks.causal.tril(-1)
         columns = torch.stack([b, k])  # both against the same decays
         m_b, m_k = scores(a.unsqueeze(0), columns, before, total, earlier)
