@@ -8,6 +8,8 @@ from cases import CASES
 from kit import assert_close_rms
 from test_recurrences import BOUNDS, compare, leaves, make, op, outcome, reference, run
 
+from ops.linear_attention import chunk_linear_attention
+
 CASE = CASES["linear_attention"]
 
 
@@ -57,3 +59,15 @@ def test_equals_flas_parallel_form():
     tokens, _, _ = make(CASE, 65, dtype=torch.float32)
     with torch.no_grad():
         assert_close_rms(op(CASE, "chunk")(**tokens)[0], peer(*tokens.values())[0])
+
+
+def test_what_was_forgotten_long_ago_costs_no_digits():
+    """A row of 16k tokens, half of which forget all: the last document is as it is alone."""
+    draw = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(1, 16_384, 1, 8, generator=draw) for _ in range(3))
+    g = -1.6 * torch.rand(1, 16_384, 1, generator=draw)
+    g[:, torch.arange(16_384) % 1024 >= 512] *= 1e-3
+    bounds = torch.tensor([0, 15_360, 16_384])
+    packed, _ = chunk_linear_attention(q, k, v, g, cu_seqlens=bounds)
+    alone, _ = chunk_linear_attention(*(x[:, 15_360:] for x in (q, k, v, g)))
+    assert_close_rms(packed[:, 15_360:], alone, 2e-6)

@@ -186,14 +186,18 @@ def test_carried_state(case, form, cut):
 @every_case
 @every_form
 @pytest.mark.parametrize("packed", [False, True])
-@pytest.mark.parametrize("g", [-50.0, 0.0, "mixed"])
+@pytest.mark.parametrize("g", [-50.0, 0.0, "mixed", "some zero"])
 def test_extreme_decays(case, form, packed, g):
     if not case.decay:
         pytest.skip("no decay among the inputs")
     tokens, fixed, state = make(case, 100, batch=1, dtype=torch.float32)
     shape = tokens[case.decay].shape
-    chosen = torch.rand(shape, generator=torch.Generator().manual_seed(3)) < 0.3
-    value = torch.where(chosen, -50.0, 0.0) if g == "mixed" else torch.full(shape, g)
+    drawn = torch.rand(shape, generator=torch.Generator().manual_seed(3))
+    values = {
+        "mixed": torch.where(drawn < 0.3, -50.0, 0.0),
+        "some zero": (0.3 - drawn).clamp(max=0),
+    }
+    value = values[g] if g in values else torch.full(shape, g)
     tokens[case.decay] = value.requires_grad_()
     bounds = [0, 30, 100] if packed else [0, 100]
     double = {n: x.detach().double().requires_grad_() for n, x in tokens.items()}
