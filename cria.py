@@ -325,6 +325,7 @@ def train_block(job: Job, b: int) -> None:
     teacher, student, local = make_block(job, b)
     run = open_run(cfg, job.argv, job.world, job.identity | {"block": b}, script="train_kd",
                    dtype=job.dtype, stages=cfg.stage_names())  # fmt: skip
+    run.name = job.cfg.run
     run.logger.say(f"train: block {b}, layers {block.start} to {block.stop - 1}, "
                    f"{student.config.layer_map()}")  # fmt: skip
     if run.resumed_from is None and job.cfg.calibrate_tokens:

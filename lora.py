@@ -70,8 +70,8 @@ def check_lora(cfg: DistillConfig) -> None:
         raise UserError(
             f"--lora_targets: {cfg.lora_targets} found, some of {','.join(TARGETS)} expected"
         )
-    if cfg.align.train == "lora":
-        raise UserError("--align_train: lora found, mixers or feature_maps expected")
+    if cfg.align.train in ("lora", "all"):
+        raise UserError(f"--align_train: {cfg.align.train} found, mixers or feature_maps expected")
     if wants_lora(cfg) and cfg.lora_dropout and cfg.activation_checkpointing != "none":
         raise UserError(
             f"--lora_dropout: {cfg.lora_dropout:g} found with --activation_checkpointing "

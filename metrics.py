@@ -245,7 +245,12 @@ class MetricsLogger:
         elif tracker == "tensorboard":
             self.tracker = TensorBoard(run_dir / "tensorboard", resume_step)
         path = run_dir / "metrics.jsonl"
-        trim_rows(path, resume_step)
+        kept = trim_rows(path, resume_step)
+        self.evaluated = {
+            (row["step"], row.get("stage"))
+            for row in kept
+            if any(k.startswith("eval/") for k in row)
+        }
         self.file = open(path, "a", encoding="utf-8")  # noqa: SIM115 (closed in close)
 
     def log(self, step: int, stage: str, metrics: dict) -> None:
@@ -269,7 +274,8 @@ class MetricsLogger:
         values = {f"eval/{name}": value for name, value in _to_numbers(metrics).items()}
         shown = [f"{name} {_cell('', value)}" for name, value in values.items()]
         self.say(" | ".join([_cell("step", step).rjust(WIDTHS[0]), *shown]))
-        self._write({"step": step, "stage": stage, **values})
+        if (step, stage) not in self.evaluated:  # of a finished run, begun again
+            self._write({"step": step, "stage": stage, **values})
 
     def table(self, title: str, rows: list[dict]) -> None:
         """`console_table` on rank 0."""
@@ -316,21 +322,25 @@ def _or_null(value):
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def trim_rows(path: Path, resume_step: int | None) -> None:
-    """Drops the rows that a resumed run will write again, and a last line cut off by a crash."""
+def trim_rows(path: Path, resume_step: int | None) -> list[dict]:
+    """Drops the rows that a resumed run will write again, and a last line cut off by a crash;
+    returns the others."""
     if not path.exists():
-        return
-    kept = []
+        return []
+    lines, rows = [], []
     for line in path.read_text(encoding="utf-8").splitlines():
         try:
-            step = json.loads(line)["step"]
+            row = json.loads(line)
+            keep = resume_step is None or row["step"] < resume_step
         except (ValueError, KeyError, TypeError):
             continue
-        if resume_step is None or step < resume_step:
-            kept.append(line + "\n")
+        if keep:
+            lines.append(line + "\n")
+            rows.append(row)
     partial = path.with_name(path.name + ".tmp")
-    partial.write_text("".join(kept), encoding="utf-8")
+    partial.write_text("".join(lines), encoding="utf-8")
     partial.replace(path)
+    return rows
 
 
 def read_env_file(path: str | Path) -> dict[str, str]:

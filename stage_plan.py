@@ -44,6 +44,11 @@ class StagePlan:
             tokens = sum(data.rows(self.stage.seq_len).sizes) * self.stage.seq_len
         self.set_tokens(int(cfg.epochs * tokens), cfg.max_steps)
 
+    @property
+    def mixer_lr(self) -> float:
+        """0 where mixers have no learning rate of their own; adapters have the stage's."""
+        return 0.0 if self.stage.train == "lora" else self.stage.mixer_lr
+
     def line(self, world: World) -> str:
         s = self.stage
         count = self.rows // (self.micro_batch * world.size)
@@ -51,7 +56,7 @@ class StagePlan:
             f"{self.name}: {self.steps} steps x {s.batch_tokens:,} tokens = "
             f"{self.steps * s.batch_tokens:,}; step = {world.size} ranks x {count} micro-batches x "
             f"{self.micro_batch} rows x {s.seq_len} tokens; trains {s.train}, lr {s.lr:g}"
-            + (f", mixers {s.mixer_lr:g}" if s.mixer_lr else "")
+            + (f", mixers {self.mixer_lr:g}" if self.mixer_lr else "")
         )
 
 

@@ -112,10 +112,14 @@ def preflight(cfg: DistillConfig) -> tuple[list[int], str, ModelConfig, bool]:
         )
     layers = [
         i for i, kind in enumerate(source.layer_types)
-        if kind == "linear_attention"
-        or (kind == "sliding_attention" and theirs and theirs[i] == "full_attention")
+        if cfg.student and not (theirs and theirs[i] == kind)
+        and (kind == "linear_attention" or (kind == "sliding_attention" and theirs))
     ]  # fmt: skip
     convert = not layers
+    if cfg.aligned and not convert:
+        raise UserError(
+            f"--aligned: {cfg.aligned} found, none expected with a --student that is converted"
+        )
     if convert:
         if auto_share(cfg.layers) is None or cfg.keep_layers:
             layers = parse_layers(cfg.layers, source.num_hidden_layers, cfg.keep_layers)

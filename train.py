@@ -46,6 +46,7 @@ from trainer import (
     check_run_folder,
     compile_wanted,
     finish,
+    go_on,
     open_data,
     open_run,
     restore_weights,
@@ -173,6 +174,7 @@ def pretrain(cfg: PretrainConfig, argv: list[str]) -> None:
         "seed": cfg.seed, "dtype": str(dtype), "doc_mask": cfg.doc_mask, **train_data.identity(),
     }  # fmt: skip
     run = open_run(cfg, argv, world, identity, script="train", dtype=dtype, stages=["pretrain"])
+    go_on(run, [plan])
     say = run.logger.say
     say(f"model: {model.num_params():,} parameters, layers {config.layer_map()}")
     say(f"data: {train_data.num_tokens:,} tokens of {data}, tokenizer {tokenizer.name}")

@@ -64,6 +64,7 @@ from trainer import (
     Run,
     compile_wanted,
     finish,
+    go_on,
     open_data,
     open_run,
     restore_weights,
@@ -110,8 +111,8 @@ class Samples:
         self.theirs: list[str] = []
         self.path = run.folder / "samples.jsonl"
         again = run.resumed_from is not None or run.cfg.resume == "auto"
-        if run.world.is_main and again:
-            trim_rows(self.path, run.step + 1)
+        kept = trim_rows(self.path, run.step + 1) if run.world.is_main and again else []
+        self.written = {row["step"] for row in kept}
 
     def write(self, student: Transformer) -> list[dict[str, str]]:
         """prompt, teacher, student for each prompt; nothing on ranks other than 0."""
@@ -124,6 +125,8 @@ class Samples:
         rows = [{"prompt": p, "teacher": t, "student": s} for p, t, s in texts]
         if not main:
             return []
+        if self.run.step in self.written:  # of a finished run, begun again
+            return rows
         with open(self.path, "a") as f:
             f.write(json.dumps({"step": self.run.step, "samples": rows}) + "\n")
         return rows
@@ -166,6 +169,7 @@ def distil(cfg: DistillConfig, argv: list[str]) -> None:
     )
     identity = run_identity(cfg, layers, convert, plans, train_data, dtype)
     run = open_run(cfg, argv, world, identity, script="train_kd", dtype=dtype, stages=names)
+    go_on(run, plans)
     describe(
         run, cfg, teacher, student, layers, convert, plans, train_data, data, kernel_line, shared,
         fsdp,

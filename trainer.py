@@ -94,6 +94,7 @@ class Run:
     done: set[str] = field(default_factory=set)  # stages finished before this process
     watch: Callable[[int, str], None] = lambda step, place: None  # see watchdog.py
     protect: Callable[[], None] = lambda: None  # see async_save.py
+    name: str = ""  # by which --run goes on with it, where that is not its folder's
     pace: Pace = field(default_factory=Pace)
 
     @property
@@ -229,13 +230,32 @@ def check_identity(path: Path, state: dict, identity: dict, stages: list[str]) -
         raise UserError(f"--resume: {path} stopped inside stage {stage}; finish it first")
 
 
-def same_identity(flag: str, path: Path, old: dict, new: dict) -> None:
+def same_identity(flag: str, path: Path, old: dict, new: dict, within: str = "") -> None:
     """UserError naming the first setting in which what `path` holds differs from this run."""
     for key in sorted(set(old) | set(new)):
-        if old.get(key) != new.get(key):
-            raise UserError(
-                f"{flag}: {path} has {key} {_short(old.get(key))}, this run "
-                f"{_short(new.get(key))}; the same expected"
+        a, b = old.get(key), new.get(key)
+        if a == b:
+            continue
+        if isinstance(a, dict) and isinstance(b, dict):
+            if a.keys() == b.keys():
+                same_identity(flag, path, a, b, "" if key == "stages" else f"{within}{key}_")
+            a, b = ",".join(a), ",".join(b)
+        raise UserError(
+            f"{flag}: {path} has {within}{key} {_short(a)}, this run {_short(b)}; the same expected"
+        )
+
+
+def go_on(run: Run, plans: list[StagePlan]) -> None:
+    """The stage that the run finished last goes on where it is longer now."""
+    for plan in plans:
+        if plan.name not in run.done or run.resumed["stage"] != plan.name:
+            continue
+        had = run.resumed["stage_step"]
+        if had < plan.steps:
+            run.done.remove(plan.name)
+            run.logger.say(
+                f"note: {plan.name} had ended with step {had:,} and goes on to {plan.steps:,}, its "
+                f"learning rate from there as if that had been its length"
             )
 
 
@@ -264,9 +284,10 @@ def stage_optimizer(plan: StagePlan, objective, world: World) -> OptimizerSet:
 
 def save_step(
     run: Run, plan: StagePlan, step: int, objective, optimizer, loader, guard: StepGuard,
-    saver: Saver,
+    saver: Saver, stopped: bool = False,
 ) -> None:  # fmt: skip
-    """Write a checkpoint of the stage after `step` of its steps, or begin to."""
+    """Write a checkpoint of the stage after `step` of its steps, or begin to. stopped: before it
+    could be evaluated."""
     if not run.cfg.save_model:
         return
     tensors = {f"model.{n}": p.detach() for n, p in objective.saved.items()}
@@ -275,7 +296,7 @@ def save_step(
     state = {
         "step": run.step, "stage": plan.name, "stage_step": step, "done": done,
         "identity": run.identity, "loader": loader.state_dict(), "rng": checkpoint.rng_state(),
-        "guard": guard.state_dict(),
+        "guard": guard.state_dict(), "stopped": stopped,
     }  # fmt: skip
     saver.save(run.folder, run.step, tensors, state, keep=run.cfg.keep_checkpoints)
 
@@ -338,12 +359,23 @@ def train_stage(
     saver = Saver(world, cfg.async_save and cfg.save_model)
     run.protect, run.pace = saver.protect, Pace(world, run.logger.say)
     profiler = open_profiler(run, plan.steps - start) if cfg.profile else nullcontext()
+
+    def evaluate_at(step: int) -> None:
+        if not evaluate or not cfg.eval_every or step % cfg.eval_every or step == plan.steps:
+            return
+        log.flush()
+        run.watch(run.step, "evaluating")
+        with timer.paused():
+            run.logger.log_eval(run.step, plan.name, evaluate())
+
     try:
         with (
             quiet_gc(), profiler as step_done, StopSignals(world) as signals,
             Watchdog(world, cfg.hang_timeout) as dog,
         ):  # fmt: skip
             run.watch = dog.watch
+            if start and run.resumed.get("stopped"):
+                evaluate_at(start)
             for step in range(start, plan.steps):
                 if step % GC_EVERY == 0:
                     gc.collect(1)
@@ -361,18 +393,17 @@ def train_stage(
                 if number == SAVE_FAILED:
                     run.watch(run.step, "saving")
                     saver.wait()  # raises, on all ranks
-                due = cfg.eval_every and (step + 1) % cfg.eval_every == 0
-                if evaluate and due and not last and not number:
-                    log.flush()
-                    run.watch(run.step, "evaluating")
-                    with timer.paused():
-                        run.logger.log_eval(run.step, plan.name, evaluate())
+                if not number:
+                    evaluate_at(step + 1)
                 if last or number or (cfg.save_every and (step + 1) % cfg.save_every == 0):
                     log.flush()
                     run.watch(run.step, "saving")
                     finish_it = last or number or not saver.background
                     with timer.paused() if finish_it else nullcontext():
-                        save_step(run, plan, step + 1, objective, optimizer, loader, guard, saver)
+                        save_step(
+                            run, plan, step + 1, objective, optimizer, loader, guard, saver,
+                            stopped=bool(number),
+                        )  # fmt: skip
                         if finish_it:
                             saver.wait()
                 if number:
@@ -386,7 +417,8 @@ def train_stage(
 
 def stopped_line(run: Run, number: int) -> str:
     """What a run that is stopped between two steps leaves behind, and how to go on."""
-    left = f"checkpoints in {run.folder}, --resume auto with --run {run.folder.name} goes on"
+    name = run.name or run.folder.name
+    left = f"checkpoints in {run.folder}, --resume auto with --run {name} goes on"
     if not run.cfg.save_model:
         left = "nothing is saved (--save_model=False)"
     return f"stopped by {signal.Signals(number).name} after step {run.step}: {left}"
@@ -445,7 +477,7 @@ def one_step(
     optimizer.step(guard(norm))
     optimizer.zero_grad()
     counts = {"skipped": guard.skipped, "in_row": guard.in_row}
-    return {**sums, "grad_norm": norm, "lr": (stage.mixer_lr or stage.lr) * factor, **counts}
+    return {**sums, "grad_norm": norm, "lr": (plan.mixer_lr or stage.lr) * factor, **counts}
 
 
 @contextmanager

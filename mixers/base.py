@@ -90,9 +90,9 @@ class LinearMixer(nn.Module, ABC):
                 m.init_weights()
 
     @torch.no_grad()
-    def init_decay(self) -> None:
-        """fla's and mamba's ranges: A_log for A in 1 to 16, dt_bias for dt in 1e-3 to 0.1."""
-        self.A_log.uniform_(1, 16).log_()
+    def init_decay(self, low: float = 1.0) -> None:
+        """fla's and mamba's ranges: A_log for A in `low` to 16, dt_bias for dt in 1e-3 to 0.1."""
+        self.A_log.uniform_(low, 16).log_()
         dt = torch.empty_like(self.dt_bias).uniform_(math.log(1e-3), math.log(0.1)).exp()
         self.dt_bias.copy_(inverse_softplus(dt))
 

@@ -48,7 +48,7 @@ class GatedDeltaNet(LinearMixer):
 
     def init_weights(self) -> None:
         super().init_weights()
-        self.init_decay()
+        self.init_decay(0.01)  # fla's begins at 0, transformers' here
 
     def inputs(self, x: Tensor, seq: SeqInfo, held: dict[str, Tensor], keep: bool):
         q, k, v, kept = self.convolved(x, seq, held, keep)

@@ -6,6 +6,7 @@ from __future__ import annotations
 import gc
 import json
 import shutil
+import signal
 import weakref
 from contextlib import nullcontext
 from pathlib import Path
@@ -19,6 +20,7 @@ from test_runs import kd_flags, weights
 import cria
 import cria_files
 import cria_job
+import trainer
 from cli import load_config, parse_argv
 from config import DistillConfig, UserError
 from cria import collect, row_sets, shard
@@ -298,8 +300,6 @@ def test_collect_goes_on_where_it_was_killed(flags, tmp_path, monkeypatch, call)
 @pytest.mark.parametrize("step", [50])
 def test_a_killed_block_goes_on(flags, tmp_path, monkeypatch, step):
     """From its last checkpoint, to the same bytes."""
-    import trainer
-
     more = ("--cria=3", "--stages=align,block")
     call_script("train_kd", *flags("whole", *more))
     for name in ("shard", "collect"):
@@ -312,6 +312,13 @@ def test_a_killed_block_goes_on(flags, tmp_path, monkeypatch, step):
     for b in (0, 1):
         name = Path("cria") / "blocks" / f"block-{b:03d}" / "trained.safetensors"
         assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "killed" / name).read_bytes()
+
+
+def test_a_stopped_block_says_how_to_go_on(flags, monkeypatch, capsys):
+    monkeypatch.setattr(trainer.StopSignals, "agreed", lambda *_: signal.SIGINT)
+    with pytest.raises(SystemExit):
+        call_script("train_kd", *flags("a", "--cria=3"))
+    assert "block-000, --resume auto with --run a goes on" in capsys.readouterr().err
 
 
 def test_damage_is_named(flags, tmp_path, refused, monkeypatch):

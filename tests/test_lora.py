@@ -138,10 +138,11 @@ LORA = ("--distill_train=lora", "--lora_rank=4", "--distill_lr=1e-2")
 
 
 def test_a_stage_trains_adapters_alone(tiny_teacher, tiny_data, tmp_path, capsys):
-    often = ("--save_every=10", "--keep_checkpoints=9")
+    often = ("--save_every=10", "--keep_checkpoints=9", "--distill_mixer_lr=0.5")
     call_script("train_kd", *kd_flags(tiny_teacher, tiny_data, tmp_path, "a", *LORA, *often))
     out = capsys.readouterr().out
-    assert "lora: 16 adapters of rank 4 on q,k,v,o" in out
+    assert "lora: 16 adapters of rank 4 on q,k,v,o" in out and "trains lora, lr 0.01\n" in out
+    assert max(metric_rows(tmp_path / "a", "lr").values()) == 0.01  # not the mixers'
     only = ("--stages=align",)
     call_script("train_kd", *kd_flags(tiny_teacher, tiny_data, tmp_path, "align", *only))
     aligned, done = weights(tmp_path / "align" / "model"), weights(tmp_path / "a" / "model")
@@ -239,7 +240,8 @@ def test_on_two_ranks_it_is_the_same(parallel, tiny_teacher, tiny_data, tmp_path
 def test_wrong_flags_are_refused(tiny_teacher, tiny_data, tmp_path, refused):
     flags = kd_flags(tiny_teacher, tiny_data, tmp_path, "x")
     assert "--lora_targets: q,z found" in refused("train_kd", *flags, *LORA, "--lora_targets=q,z")
-    assert "--align_train: lora" in refused("train_kd", *flags, "--align_train=lora")
+    for what in ("lora", "all"):
+        assert f"--align_train: {what}" in refused("train_kd", *flags, f"--align_train={what}")
     dropout = ("--lora_dropout=0.1", "--activation_checkpointing=full")
     assert "--lora_dropout" in refused("train_kd", *flags, *LORA, *dropout)
     assert "feature_maps" in refused("train_kd", *flags, "--align_train=feature_maps")

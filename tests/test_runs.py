@@ -20,7 +20,7 @@ from conftest import ROOT, call_script, metric_rows, run_python
 
 from checkpoint import tensor_names
 from config import DistillConfig
-from distributed import World
+from distributed import StopSignals, World
 from hf import load_model, read_config
 from mixture import open_corpora
 from student import calibration_loader
@@ -104,6 +104,20 @@ def test_a_native_student_is_taken_up_again(tiny_teacher, tiny_data, tmp_path, c
     assert rows["student after distill"]["KL"] < rows["student at start"]["KL"]
 
 
+def test_a_hybrid_teacher_is_converted_further(tiny_teacher, tiny_data, tmp_path, refused):
+    call_script("train_kd", *kd_flags(tiny_teacher, tiny_data, tmp_path, "a", "--stages=align"))
+    hybrid = tmp_path / "a" / "model"
+    flags = kd_flags(hybrid, tiny_data, tmp_path, "b", "--mixer=gla")
+    assert "layer 1 of the teacher is linear already" in refused("train_kd", *flags)
+    call_script("train_kd", *flags, "--layers=0")
+    config = read_config(tmp_path / "b" / "model")
+    assert config.layer_map() == "LLLF" and config.mixer == ["gla", *["gated_deltanet"] * 2]
+    theirs, mine = weights(hybrid), weights(tmp_path / "b" / "model")
+    for name, tensor in mine.items():  # what it has already is trunk now
+        if not name.startswith("layers.0.linear_attn."):
+            assert tensor.equal(theirs[name]), name
+
+
 @pytest.mark.parametrize("loss", ["reverse_kl", "js", "mse"])
 def test_other_losses_train_all_parameters(tiny_teacher, tiny_data, tmp_path, loss):
     flags = kd_flags(tiny_teacher, tiny_data, tmp_path, "a", "--stages=distill")
@@ -159,6 +173,47 @@ def test_calibration_sees_rows_as_the_run_does(tiny_data):
     for mask in (True, False):
         (batch,) = calibration_loader(DistillConfig(doc_mask=mask), data).next_step()
         assert (batch.cu_seqlens is None) != mask
+
+
+@pytest.mark.parametrize("script", ["train", "train_kd"])
+def test_a_finished_run_goes_on(script, tiny_teacher, tiny_data, tmp_path, capsys):
+    """Longer, from its last step; of the same length, without a row twice."""
+    if script == "train":
+        flags = train_flags(tiny_data, tmp_path, "a", "--resume=auto", "--eval_every=2")
+    else:
+        flags = kd_flags(
+            tiny_teacher, tiny_data, tmp_path, "a", "--resume=auto", "--stages=distill",
+            "--eval_every=2",
+        )  # fmt: skip
+    call_script(script, *flags, "--max_steps=4")
+    first = metric_rows(tmp_path / "a")
+    assert list(first) == [1, 2, 3, 4]
+    logs = list((tmp_path / "a").glob("*.jsonl"))
+    before = [p.read_text() for p in logs]
+    call_script(script, *flags, "--max_steps=4")
+    assert [p.read_text() for p in logs] == before
+    capsys.readouterr()
+    call_script(script, *flags, "--max_steps=7")
+    stage = "distill" if script == "train_kd" else "pretrain"
+    assert f"note: {stage} had ended with step 4 and goes on to 7" in capsys.readouterr().out
+    rows = metric_rows(tmp_path / "a")
+    assert list(rows) == list(range(1, 8)) and first.items() <= rows.items()
+    lines = (tmp_path / "a" / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines if "eval/ce" in line][-4:] == [2, 4, 6, 7]
+
+
+def test_an_evaluation_that_a_signal_came_before_is_made_up_for(tiny_data, tmp_path, monkeypatch):
+    flags = lambda run: train_flags(tiny_data, tmp_path, run, "--eval_every=2")  # noqa: E731
+    call_script("train", *flags("whole"))
+    steps = iter(range(1, 9))
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        stop = lambda self, *_: signal.SIGTERM * (next(steps) == 4)  # noqa: E731
+        patch.setattr(StopSignals, "agreed", stop)
+        call_script("train", *flags("cut"))
+    assert list(metric_rows(tmp_path / "cut", "eval/ce")) == [2]
+    call_script("train", *flags("cut"), "--resume=auto")
+    whole, cut = (metric_rows(tmp_path / run, "eval/ce") for run in ("whole", "cut"))
+    assert list(cut) == [2, 4, 6] and cut == whole
 
 
 def test_going_back_is_told_what_auto_would_do(tiny_data, tmp_path, capsys):
@@ -266,8 +321,13 @@ def test_resume_refuses_changes(refused, tiny_teacher, tiny_data, tmp_path):
     call_script("train_kd", *kd_flags(tiny_teacher, tiny_data, tmp_path, "a"))
     again = [*kd_flags(tiny_teacher, tiny_data, tmp_path, "a"), "--resume=auto"]
     assert "layers" in refused("train_kd", *again, "--layers=2")
+    found = refused("train_kd", *again, "--distill_temperature=2")
+    assert "has distill_temperature 1.0, this run 2.0;" in found
+    assert "has stages align,distill, this run align;" in refused(
+        "train_kd", *again, "--stages=align"
+    )
     assert "seed" in refused("train_kd", *again, "--seed=9")
-    assert "stages" in refused("train_kd", *again, "--align_lr=0.5")
+    assert "align_lr" in refused("train_kd", *again, "--align_lr=0.5")
     other = tmp_path / "other-data"
     shutil.copytree(tiny_data, other)
     from shard_writer import ShardWriter

@@ -236,6 +236,8 @@ def test_aligned_mixers_are_taken_over(tiny_teacher, tiny_data, tmp_path, refuse
     rope = ("--layers=0,2", "--stages=distill", "--linear_rope=True", aligned)
     assert "linear_rope False found, True expected" in call("x", *rope)
     assert "--aligned" in call("x", "--aligned=nowhere")
+    done = f"--student={tmp_path / 'some' / 'model'}"
+    assert "none expected with a --student that is converted" in call("x", aligned, done)
     assert "--aligned" in call("x", "--layers=auto:0.5", "--stages=distill")
     assert "auto:0.9 found" in call("x", "--layers=auto:0.9")
 
