@@ -92,11 +92,7 @@ def _from_hf(raw: dict, path: Path) -> ModelConfig:
     for key, plain in (("hidden_act", "silu"), ("mlp_bias", False), ("quantization_config", None)):
         if raw.get(key, plain) not in (plain, None):
             raise UserError(f"{path}: {key} {raw[key]} is not supported, {plain} expected")
-    rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}  # v5 or v4 spelling
-    rope = dict(rope)
-    theta = rope.pop("rope_theta", None) or raw.get("rope_theta") or 10000.0
-    if "type" in rope:  # an older v4 spelling
-        rope.setdefault("rope_type", rope.pop("type"))
+    rope, theta = _rope(raw, path)
     default = hf_hybrids.ROTARY_SHARE.get(kind, 1.0)
     if kind != "bamba":  # which reads it in rope_parameters alone
         default = raw.get("partial_rotary_factor") or default
@@ -119,8 +115,8 @@ def _from_hf(raw: dict, path: Path) -> ModelConfig:
         num_key_value_heads=raw.get("num_key_value_heads") or heads,
         head_dim=raw.get("head_dim") or (128 if kind == "qwen3" else raw["hidden_size"] // heads),
         rms_norm_eps=raw.get("rms_norm_eps", 1e-6),
-        rope_theta=float(theta),
-        rope_scaling=rope if rope.get("rope_type", "default") != "default" else None,
+        rope_theta=theta,
+        rope_scaling=rope if "rope_type" in rope else None,
         max_position_embeddings=raw.get("max_position_embeddings", 2048),
         tie_word_embeddings=bool(raw.get("tie_word_embeddings", False)),
         attention_bias=True if kind == "qwen2" else bias,
@@ -132,6 +128,29 @@ def _from_hf(raw: dict, path: Path) -> ModelConfig:
         bos_token_id=bos[0] if isinstance(bos, list) else bos,
         eos_token_id=eos[0] if isinstance(eos, list) else eos,
     )
+
+
+def _rope(raw: dict, path: Path) -> tuple[dict, float]:
+    """(parameters without the base, and without the type if it is default; base). UserError where
+    the spellings of transformers 4 and 5 are both there and differ: versions prefer either."""
+    found, theta = {}, None
+    for key in ("rope_parameters", "rope_scaling"):
+        if not raw.get(key):
+            continue
+        rope = dict(raw[key])
+        base = rope.pop("rope_theta", None)
+        theta = theta or base
+        if "type" in rope:  # an older v4 spelling
+            rope.setdefault("rope_type", rope.pop("type"))
+        if rope.get("rope_type") == "default":
+            del rope["rope_type"]
+        found[key] = rope
+    if len(found) == 2 and found["rope_parameters"] != found["rope_scaling"]:
+        raise UserError(
+            f"{path}: rope_scaling {raw['rope_scaling']} and rope_parameters "
+            f"{raw['rope_parameters']} found, the same in both or one of them expected"
+        )
+    return next(iter(found.values()), {}), float(theta or raw.get("rope_theta") or 10000.0)
 
 
 def _windows(raw: dict) -> tuple[int, list[str]]:

@@ -131,9 +131,13 @@ def test_old_rope_type_spelling(tmp_path):
         spelled_as_in_version_4(raw)
         raw["rope_scaling"]["type"] = raw["rope_scaling"].pop("rope_type")
 
+    both = json.loads((tmp_path / "m/config.json").read_text())["rope_parameters"]
     edit_config(tmp_path / "m", change)
+    expected = stock_logits(peer)
     with torch.no_grad():
-        assert_same_logits(logits(load_model(tmp_path / "m"), IDS), stock_logits(peer))
+        assert_same_logits(logits(load_model(tmp_path / "m"), IDS), expected)
+        edit_config(tmp_path / "m", lambda raw: raw.update(rope_parameters=both))
+        assert_same_logits(logits(load_model(tmp_path / "m"), IDS), expected)
 
 
 def test_indexed_shards(tmp_path):
@@ -318,6 +322,17 @@ CONFIG_FAULTS = {
     "yarn": (lambda c: c["rope_parameters"].update(rope_type="yarn", factor=4.0), "yarn"),
     "llama3 without its factors": (
         lambda c: c["rope_parameters"].update(rope_type="llama3", factor=4.0), "low_freq_factor",
+    ),
+    "scaling beside plain parameters": (
+        lambda c: c.update(rope_scaling=LLAMA3), "rope_scaling .*llama3.* and rope_parameters",
+    ),
+    "other scaling beside parameters": (
+        lambda c: c.update(rope_scaling=LLAMA3, rope_parameters={**LLAMA3, "factor": 4.0}),
+        "rope_scaling .* and rope_parameters",
+    ),
+    "parameters beside plain scaling": (
+        lambda c: c.update(rope_scaling={"type": "default"}, rope_parameters=LLAMA3),
+        "rope_scaling .* and rope_parameters",
     ),
     "no vocab": (lambda c: c.pop("vocab_size"), "vocab_size"),
     "text for a number": (lambda c: c.update(hidden_size="32"), "hidden_size"),
