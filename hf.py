@@ -220,7 +220,7 @@ def load_model(
     kind = model_type(folder)
     if kind in HYBRIDS:
         found = hf_hybrids.from_weights(found, model.config, kind, folder)
-    names = _fitting(folder, model, {name: t.shape for name, t in found.items()})
+    names = _fitting(folder, model, {name: t.shape for name, t in found.items()}, found.get)
     types = {n: load_type(n, found[n], dtype) if dtype else found[n].dtype for n in names}
     tensors = {n: found[n].to(device=device, dtype=types[n]) for n in names}
     model.load_state_dict(tensors, assign=True)
@@ -232,7 +232,8 @@ def load_shape(folder: str | Path, dtype: torch.dtype) -> Transformer:
     fit, or `load_model`'s UserError is raised."""
     model = _empty_model(folder)
     with stored_rows(folder, model.config) as stored:
-        _fitting(folder, model, {name: shape for name, (shape, _) in stored.items()})
+        read = lambda name: stored[name][1](0, stored[name][0][0])  # noqa: E731
+        _fitting(folder, model, {name: shape for name, (shape, _) in stored.items()}, read)
     for name, p in model.named_parameters():
         p.data = p.data.to(load_type(name, p, dtype))
     return model
@@ -251,9 +252,13 @@ def _empty_model(folder: str | Path) -> Transformer:
         return Transformer(read_config(folder))
 
 
-def _fitting(folder: str | Path, model: Transformer, found: dict[str, Sequence[int]]) -> list[str]:
+def _fitting(
+    folder: str | Path, model: Transformer, found: dict[str, Sequence[int]],
+    read: Callable[[str], Tensor],
+) -> list[str]:  # fmt: skip
     """The names of the model's tensors, for which those found in the folder, name -> shape, are all
-    there and fit; UserError naming the first that does not."""
+    there and fit; UserError naming the first that does not. read: a tensor by its name, for a head
+    stored beside a tied embedding, which has to be the same."""
     wanted, names = model.state_dict(), []
     for name, shape in found.items():
         if name.endswith("rotary_emb.inv_freq"):
@@ -271,6 +276,9 @@ def _fitting(folder: str | Path, model: Transformer, found: dict[str, Sequence[i
     missing = sorted(set(wanted) - set(names))
     if missing:
         raise UserError(f"{folder}: weight {missing[0]} is missing ({len(missing)} in all)")
+    head, tied = "lm_head.weight", "embed_tokens.weight"
+    if head in set(found) - set(names) and not torch.equal(read(head), read(tied)):
+        raise UserError(f"{folder}: {head} differs from {tied}, tie_word_embeddings false expected")
     return names
 
 

@@ -439,14 +439,21 @@ def test_what_old_files_carry_besides_is_ignored(folder):
     assert torch.equal(logits(load_model(folder), IDS), expected)
 
 
-def test_tied_model_with_a_stored_head(tmp_path):
-    """Some published tied checkpoints repeat the embedding as lm_head.weight."""
+@every_reader
+def test_tied_model_with_a_stored_head(read, tmp_path):
+    """Some published tied checkpoints repeat the embedding as lm_head.weight; another one is that
+    of a model that is not tied."""
     model = tiny_model("F", dtype=torch.float32)
     save_model(model, tmp_path / "m", tokenizer_from="byte")
     weights = load_file(tmp_path / "m/model.safetensors")
     weights["lm_head.weight"] = copy.deepcopy(weights["model.embed_tokens.weight"])
     save_file(weights, tmp_path / "m/model.safetensors")
+    read(tmp_path / "m")
     assert torch.equal(logits(load_model(tmp_path / "m"), IDS), logits(model, IDS))
+    weights["lm_head.weight"][-1] += 1
+    save_file(weights, tmp_path / "m/model.safetensors")
+    with pytest.raises(UserError, match=r"m: lm_head.* differs from embed_tokens"):
+        read(tmp_path / "m")
 
 
 def test_all_files_have_the_same_mode(tmp_path):
