@@ -34,6 +34,14 @@ class Scorer:
         self.model, self.tokenizer, self.amp = model, tokenizer, amp
         self.max_length, self.batch_tokens = max_length, batch_tokens
         self.device = model.embed_tokens.weight.device
+        bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
+        self.prefix = eos if bos is None else bos  # before a text of which nothing is given
+
+    def encode(self, text: str) -> list[int]:
+        """`Tokenizer.prompt`; a text that already says what comes before it does not get it
+        twice."""
+        said = self.tokenizer.decode(self.tokenizer.starts)
+        return self.tokenizer.prompt(text.removeprefix(said))
 
     @torch.no_grad()
     def log_likelihoods(self, pairs: list[tuple[list[int], list[int]]]) -> list[tuple[float, bool]]:
@@ -77,10 +85,10 @@ class Scorer:
         return logits.float().log_softmax(-1)
 
     def windows(self, ids: list[int]) -> list[tuple[list[int], list[int]]]:
-        """A long text as pairs for `log_likelihoods`, every token of it in one continuation, an end
-        of text before it all. As the harness cuts it: every row but the last begins with the one
+        """A long text as pairs for `log_likelihoods`, every token of it in one continuation,
+        `prefix` before it all. As the harness cuts it: every row but the last begins with the one
         token before it, the last, shorter one after as much of the text as fits."""
-        ids, step = [self.tokenizer.eos_token_id, *ids], self.max_length
+        ids, step = [self.prefix, *ids], self.max_length
         starts = range(1, len(ids), step)
         begins = [max(0, min(i + step, len(ids)) - step - 1) for i in starts]
         return [(ids[b:i], ids[i : i + step]) for b, i in zip(begins, starts, strict=True)]
@@ -90,13 +98,14 @@ class Scorer:
         from config import UserError
         from generate import generate
 
-        room = self.max_length - most
+        starts = self.tokenizer.starts
+        room = self.max_length - most - len(starts)
         if room < 1:
             raise UserError(
                 f"--tasks: {most} tokens to generate found in a task, fewer than the model's "
                 f"{self.max_length} of context expected"
             )
-        ids = self.tokenizer.encode(prompt)[-room:]
+        ids = starts + self.encode(prompt)[len(starts) :][-room:]
         with self.amp():
             new = generate(self.model, ids, most, eos=self.tokenizer.eos_token_id)
         new = new[:-1] if new and new[-1] == self.tokenizer.eos_token_id else new
@@ -115,8 +124,13 @@ def harness_model(scorer: Scorer):
         def eot_token_id(self) -> int:
             return scorer.tokenizer.eos_token_id
 
-        def tok_encode(self, string: str, **_) -> list[int]:
-            return scorer.tokenizer.encode(string)
+        @property
+        def prefix_token_id(self) -> int:
+            return scorer.prefix
+
+        def tok_encode(self, string: str, add_special_tokens=None, **_) -> list[int]:
+            plain = add_special_tokens is False
+            return (scorer.tokenizer.encode if plain else scorer.encode)(string)
 
         def _loglikelihood_tokens(self, requests, **_) -> list[tuple[float, bool]]:
             return scorer.log_likelihoods([(context, answer) for _, context, answer in requests])
@@ -141,12 +155,22 @@ def harness_model(scorer: Scorer):
 
 def build_scorer(args) -> Scorer:
     """The model of a folder, in bfloat16 on CUDA."""
+    from config import UserError
     from distributed import choose_device
     from generate import for_decoding
     from hf import load_model, tokenizer_spec
     from hybrid_layers import resolve_kernels, use_kernels
     from tokenizer import load_tokenizer
 
+    for flag, least in (("max_length", 0), ("batch_tokens", 1)):
+        if getattr(args, flag) < least:
+            raise UserError(f"--{flag}: {getattr(args, flag)} found, at least {least} expected")
+    if args.out:
+        folder = Path(args.out).parent
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as e:
+            raise UserError(f"--out: no folder {folder} ({e.strerror})") from None
     device, amp = choose_device(args.device), nullcontext
     tokenizer = load_tokenizer(tokenizer_spec(args.model))
     model = load_model(args.model, device=device, dtype=torch.float32)

@@ -5,11 +5,13 @@ pytest tests/test_harness.py        # the command is tested where lm-eval is ins
 
 from __future__ import annotations
 
+import argparse
 import importlib.util
 import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,7 +19,7 @@ from kit import random_ids, tiny_model
 
 from config import UserError
 from hf import save_model
-from scripts.harness import Scorer
+from scripts.harness import Scorer, build_scorer, harness_model
 from tokenizer import load_tokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -90,6 +92,40 @@ def test_generation_stops_before_the_stop(model):
     assert len(s.generate_until("abc", [], 4)) <= 4 < len(whole)
     with pytest.raises(UserError, match="16 tokens to generate found"):
         scorer(model, max_length=16).generate_until("abc", [], 16)
+
+
+def test_texts_begin_with_the_beginning_of_text(model, monkeypatch):
+    """As lm-eval's own model of transformers has it: once, and not within a text."""
+    bos = 7
+    tokenizer = load_tokenizer("byte")
+    tokenizer.starts, tokenizer.bos_token_id = [bos], bos
+    s = Scorer(model, tokenizer, max_length=16, batch_tokens=100)
+    text = tokenizer.encode("abc")
+    assert s.encode("abc") == s.encode("\x07abc") == [bos, *text]
+    assert s.windows(text) == [([bos], text)]
+    asked = []
+    monkeypatch.setattr("generate.generate", lambda model, ids, *_, **__: asked.append(ids) or [])
+    for prompt in ("abc", "\x07abc", "0123456789abc"):
+        s.generate_until(prompt, [], 12)
+    assert asked == [[bos, *text]] * 3
+    with pytest.raises(UserError, match="15 tokens to generate found"):
+        s.generate_until("abc", [], 15)
+    stub = SimpleNamespace(TemplateLM=object)
+    for name in ("lm_eval", "lm_eval.api", "lm_eval.api.model"):
+        monkeypatch.setitem(sys.modules, name, stub)
+    theirs = harness_model(s)
+    assert theirs.tok_encode("abc") == theirs.tok_encode("abc", True) == [bos, *text]
+    assert theirs.tok_encode("abc", add_special_tokens=False) == text
+    assert (theirs.prefix_token_id, theirs.eot_token_id) == (bos, 256)
+
+
+@pytest.mark.parametrize("flag", ["max_length=-1", "batch_tokens=0", f"out={__file__}/r.json"])
+def test_flags_are_refused_before_the_model_is_read(flag):
+    name, value = flag.split("=")
+    args = argparse.Namespace(model="nowhere", device="cpu", max_length=0, batch_tokens=1, out="")
+    setattr(args, name, value if name == "out" else int(value))
+    with pytest.raises(UserError, match=f"^--{name}: "):
+        build_scorer(args)
 
 
 @pytest.mark.skipif(importlib.util.find_spec("lm_eval") is None, reason="lm-eval not installed")
