@@ -180,7 +180,7 @@ def completions(
         for prompt in prompts:
             new = generate(
                 model, tokenizer.prompt(prompt), tokens, temperature=temperature,
-                eos=tokenizer.eos_token_id, generator=torch.Generator(device).manual_seed(0),
+                stops=tokenizer.stops, generator=torch.Generator(device).manual_seed(0),
             )  # fmt: skip
             texts.append(tokenizer.decode(new))
     reshard(model)
@@ -221,7 +221,7 @@ def ask(
     def complete(prompts: list[list[int]], most: int) -> list[list[int]]:
         with amp():
             return generate_batch(
-                model, prompts, most, eos=tokenizer.eos_token_id, graph=device.type == "cuda"
+                model, prompts, most, stops=tokenizer.stops, graph=device.type == "cuda"
             )
 
     batch_tokens = batch_tokens or (65_536 if device.type == "cuda" else 4096)

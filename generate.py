@@ -12,6 +12,7 @@ import argparse
 import itertools
 import math
 import sys
+from collections.abc import Container
 
 import torch
 import torch.distributed as dist
@@ -115,11 +116,12 @@ def generate_batch(
     *,
     temperature: float = 0.0,
     top_p: float = 1.0,
-    eos: int | None = None,
+    stops: Container[int] = (),
     generator: torch.Generator | None = None,
     graph: bool = False,
 ) -> list[list[int]]:
-    """Continue each of `prompts`, of any lengths, together. A sequence stops after `eos`.
+    """Continue each of `prompts`, of any lengths, together. A sequence stops after one of
+    the tokens `stops`.
 
     temperature 0 is greedy; top_p keeps the likeliest tokens that together reach that mass.
     graph: record the step as a CUDA graph (worth it from some tens of tokens on). Returns the
@@ -138,9 +140,9 @@ def generate_batch(
         if is_fsdp(model):
             tokens = first_ranks(tokens, logits.device)
         for ids, token in zip(new, tokens, strict=True):
-            if not ids or ids[-1] != eos:
+            if not ids or ids[-1] not in stops:
                 ids.append(token)
-        if all(len(ids) == max_new_tokens or ids[-1] == eos for ids in new):
+        if all(len(ids) == max_new_tokens or ids[-1] in stops for ids in new):
             return new
         logits = decoder.step(torch.tensor(tokens, device=logits.device))
 
@@ -216,7 +218,7 @@ def main(argv: list[str] | None = None) -> None:
         with amp:
             new = generate_batch(
                 model, ids, args.max_new_tokens, temperature=args.temperature, top_p=args.top_p,
-                eos=tokenizer.eos_token_id, generator=generator,
+                stops=tokenizer.stops, generator=generator,
             )  # fmt: skip
         for prompt, tokens in zip(args.prompt, new, strict=True):
             print(prompt + tokenizer.decode(tokens))

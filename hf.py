@@ -102,7 +102,7 @@ def _from_hf(raw: dict, path: Path) -> ModelConfig:
     heads = raw["num_attention_heads"]
     bias = bool(raw.get("attention_bias", False))
     window, kinds = _windows(raw)
-    eos, bos = raw.get("eos_token_id"), raw.get("bos_token_id")
+    first = lambda value: next(iter(value), None) if isinstance(value, list) else value  # noqa: E731
     layers = {"layer_types": kinds}
     if kind in HYBRIDS:
         layers = hf_hybrids.from_config(raw, path)
@@ -125,8 +125,8 @@ def _from_hf(raw: dict, path: Path) -> ModelConfig:
         sliding_window=window,
         initializer_range=raw.get("initializer_range", 0.02),
         **layers,
-        bos_token_id=bos[0] if isinstance(bos, list) else bos,
-        eos_token_id=eos[0] if isinstance(eos, list) else eos,
+        bos_token_id=first(raw.get("bos_token_id")),
+        eos_token_id=first(raw.get("eos_token_id")),
     )
 
 
@@ -445,8 +445,11 @@ def write_folder(
         raw = {"model_type": "retort", "retort": dataclasses.asdict(config)}
     else:
         raw = to_hf_config(config, kind, dtype)
-    if not _copy_tokenizer(Path(tokenizer_from).expanduser(), tmp, kind):
+    source = Path(tokenizer_from).expanduser()
+    if not _copy_tokenizer(source, tmp, kind):
         raw["retort_tokenizer"] = str(tokenizer_from)
+    elif len(ends := _ends(source, config.eos_token_id)) > 1:
+        raw["eos_token_id"] = ends
     (tmp / "config.json").write_text(json.dumps(raw, indent=2) + "\n")
     write_weights(((file_key(name), t.contiguous()) for name, t in tensors), tmp)
     old = folder.with_name(folder.name + ".old")
@@ -455,6 +458,14 @@ def write_folder(
         folder.rename(old)
     tmp.rename(folder)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def _ends(source: Path, eos: int | None) -> list[int]:
+    """`eos`, then the other tokens that end a text by the config.json beside a tokenizer."""
+    path = (source if source.is_dir() else source.parent) / "config.json"
+    found = read_json(path).get("eos_token_id") if path.is_file() else None
+    others = found if isinstance(found, list) and eos in found else []
+    return list(dict.fromkeys([eos, *others]))
 
 
 def _copy_tokenizer(source: Path, folder: Path, kind: str) -> bool:

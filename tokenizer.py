@@ -34,6 +34,7 @@ class Tokenizer:
     spec           what the user typed; `portable_spec` is None when it is an absolute path
     vocab_size     1 + the largest id
     eos_token_id   appended to every document of a data set
+    stops          what ends a generated text: eos_token_id, and others that the model's files list
     bos_token_id   or None
     starts         what it puts before every text: [bos] or []. Documents and prompts begin with it
     hash           16 hex digits (8 bytes) over vocabulary, merges, splitting rules and `starts`
@@ -45,12 +46,13 @@ class Tokenizer:
 
     def __init__(
         self, *, spec, name, vocab_size, eos_token_id, bos_token_id, digest, chat_template,
-        starts=(),
+        starts=(), stops=(),
     ):  # fmt: skip
         self.spec = spec
         self.name = name
         self.vocab_size = vocab_size
         self.eos_token_id = eos_token_id
+        self.stops = frozenset([eos_token_id, *stops])
         self.bos_token_id = bos_token_id
         self.starts = list(starts)
         self.hash = digest
@@ -214,15 +216,14 @@ class JsonTokenizer(Tokenizer):
         config = _read_json(folder / "tokenizer_config.json")
         vocab = self._backend.get_vocab(with_added_tokens=True)
         vocab_size = 1 + max(vocab.values(), default=-1)
-        eos = self._token_id(folder, "eos", vocab, vocab_size)
-        if eos is None:
-            eos = next((vocab[name] for name in COMMON_EOS if name in vocab), None)
+        stops = self._token_ids(folder, "eos", vocab, vocab_size)
+        eos = next(iter(stops or [vocab[name] for name in COMMON_EOS if name in vocab]), None)
         if eos is None:
             raise UserError(
                 f"--tokenizer {spec}: no end-of-text token found; expected eos_token in"
                 f" {folder / 'tokenizer_config.json'} naming a token of the vocabulary"
             )
-        bos = self._token_id(folder, "bos", vocab, vocab_size)
+        bos = next(iter(self._token_ids(folder, "bos", vocab, vocab_size)), None)
         # In the file itself, or done by transformers when it loads the file.
         first = self._backend.encode("", add_special_tokens=True).ids[:1]
         adds = bos is not None and (first == [bos] or config.get("add_bos_token") is True)
@@ -236,23 +237,24 @@ class JsonTokenizer(Tokenizer):
             digest=_json_digest(self._backend.to_str(), starts),
             chat_template=_chat_template(folder, config),
             starts=starts,
+            stops=stops,
         )
 
-    def _token_id(self, folder, which, vocab, vocab_size):
-        """The id of the eos/bos token: the tokenizer's own config first, then the model's."""
+    def _token_ids(self, folder, which, vocab, vocab_size):
+        """The ids of eos/bos tokens: of the tokenizer's own config first, then of the model's."""
+        found = []
         for name in EOS_FILES:
             config = _read_json(folder / name)
             for key in (f"{which}_token_id", f"{which}_token"):
-                value = config.get(key)
-                if isinstance(value, list):
-                    value = value[0] if value else None
-                if isinstance(value, dict):
-                    value = value.get("content")
-                if isinstance(value, str):
-                    value = vocab.get(value)
-                if isinstance(value, int) and 0 <= value < vocab_size:
-                    return value
-        return None
+                values = config.get(key)
+                for value in values if isinstance(values, list) else [values]:
+                    if isinstance(value, dict):
+                        value = value.get("content")
+                    if isinstance(value, str):
+                        value = vocab.get(value)
+                    if isinstance(value, int) and 0 <= value < vocab_size:
+                        found.append(value)
+        return found
 
     def _encode(self, text, special_tokens):
         backend = self._backend

@@ -107,8 +107,8 @@ class Scorer:
             )
         ids = starts + self.encode(prompt)[len(starts) :][-room:]
         with self.amp():
-            new = generate(self.model, ids, most, eos=self.tokenizer.eos_token_id)
-        new = new[:-1] if new and new[-1] == self.tokenizer.eos_token_id else new
+            new = generate(self.model, ids, most, stops=self.tokenizer.stops)
+        new = new[:-1] if new and new[-1] in self.tokenizer.stops else new
         text = self.tokenizer.decode(new)
         for stop in stops:
             text = text.split(stop)[0] if stop else text

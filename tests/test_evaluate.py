@@ -192,11 +192,11 @@ def test_completions_are_greedy_texts():
         given.append(ids)
         return str(len(ids))
 
-    tokenizer = SimpleNamespace(
-        prompt=load_tokenizer("byte").prompt, decode=decode, eos_token_id=None
-    )
+    tokenizer = SimpleNamespace(prompt=load_tokenizer("byte").prompt, decode=decode, stops=())
     assert completions(model, tokenizer, 7) == ["7"] * IN_RUN
     assert completions(model, tokenizer, 7) and given[:3] == given[3:]
+    tokenizer.stops = {given[0][1], 999}
+    assert completions(model, tokenizer, 7)[0] == str(1 + given[0].index(given[0][1]))
 
 
 @pytest.fixture(scope="module")
@@ -296,7 +296,7 @@ def test_questions_are_asked_of_the_model():
         # Only five may be generated, or a sixth digit would make it another number.
         answer = script.ask(model, asked, SimpleNamespace(
             encode=lambda text: tokenizer.encode(text)[:3], decode=tokenizer.decode,
-            eos_token_id=None,
+            stops=(),
         ))  # fmt: skip
         assert answer == expected
 

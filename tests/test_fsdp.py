@@ -220,11 +220,11 @@ def decoding_in_pieces(rank: int, ranks: int, rendezvous: str) -> None:
     dist.init_process_group("gloo", **how)
     model = tiny_model("LF", dtype=torch.float32)
     prompts = [[3, 1, 4], [1, 5]]
-    wanted = generate.generate_batch(model, prompts, 6, eos=0)
+    wanted = generate.generate_batch(model, prompts, 6, stops={0})
     assert all(len(ids) == 6 and 0 not in ids for ids in wanted)
     shard(model, World(rank, ranks, torch.device("cpu")), dtype=torch.float32, amp=nullcontext)
     with mock.patch.object(generate, "pick", generate.pick if not rank else lambda *_: 0):
-        assert generate.generate_batch(model, prompts, 6, eos=0) == wanted
+        assert generate.generate_batch(model, prompts, 6, stops={0}) == wanted
     leave()
 
 

@@ -42,8 +42,11 @@ def test_prompts_of_different_length_are_each_alone():
     alone = [generate(model, p, 12) for p in prompts]
     assert generate_batch(model, prompts, 12) == alone
     eos = alone[1][5]
-    cut = [a[: a.index(eos) + 1] if eos in a else a for a in alone]
-    assert generate_batch(model, prompts, 12, eos=eos) == cut
+    other = alone[2][7]
+    ends = [[i + 1 for i, t in enumerate(a) if t in (eos, other)] for a in alone]
+    cut = [a[: end[0]] if end else a for a, end in zip(alone, ends, strict=True)]
+    assert {a[-1] for a in cut} >= {eos, other}
+    assert generate_batch(model, prompts, 12, stops={eos, other}) == cut
     assert len({len(a) for a in cut}) > 1
 
 
@@ -84,7 +87,7 @@ def test_stops_after_eos():
     ids = random_ids(model, 4).tolist()
     free = generate(model, ids, 12)
     eos = free[5]
-    assert generate(model, ids, 12, eos=eos) == free[: free.index(eos) + 1]
+    assert generate(model, ids, 12, stops={eos}) == free[: free.index(eos) + 1]
 
 
 def test_sampling_repeats_with_the_seed_only():
@@ -165,7 +168,7 @@ def test_chat_encodes_control_tokens_as_such(folder, monkeypatch):
     asked = []
 
     class Spy:
-        eos_token_id = 256
+        stops = (256,)
 
         def encode(self, text, *, special_tokens=False):
             asked.append((text, special_tokens))

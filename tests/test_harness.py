@@ -90,6 +90,8 @@ def test_generation_stops_before_the_stop(model):
     stop = whole[2]
     assert s.generate_until("abc", [stop], 12) == whole[: whole.index(stop)]
     assert len(s.generate_until("abc", [], 4)) <= 4 < len(whole)
+    s.tokenizer.stops = {*s.tokenizer.stops, ord(stop)}
+    assert s.generate_until("abc", [], 12) == whole[: whole.index(stop)]
     with pytest.raises(UserError, match="16 tokens to generate found"):
         scorer(model, max_length=16).generate_until("abc", [], 16)
 

@@ -269,6 +269,27 @@ def test_tokenizer_files_travel(tmp_path):
         tokenizer_spec(tmp_path / "c")
 
 
+@pytest.mark.parametrize("kinds", ["F", "L"])
+def test_a_list_of_ends_is_kept(kinds, tmp_path):
+    source = tmp_path / "source"
+    source.mkdir()
+    (source / "tokenizer.json").write_text("{}")
+    model = tiny_model(kinds, eos_token_id=5)
+    for listed, written in (([7, 5, 9], [5, 7, 9]), ([7, 9], None), ([], None), (5, None)):
+        (source / "config.json").write_text(json.dumps({"eos_token_id": listed}))
+        for given in (source, source / "tokenizer.json"):
+            save_model(model, tmp_path / "m", tokenizer_from=given)
+            raw = json.loads((tmp_path / "m/config.json").read_text())
+            assert raw.get("eos_token_id") == (written or (5 if kinds == "F" else None))
+            assert read_config(tmp_path / "m").eos_token_id == 5
+
+
+def test_an_empty_list_of_ends_is_none(folder):
+    edit_config(folder, lambda raw: raw.update(eos_token_id=[], bos_token_id=[]))
+    config = read_config(folder)
+    assert config.eos_token_id is config.bos_token_id is None
+
+
 @pytest.mark.parametrize(
     ("kinds", "settings", "expected"),
     [

@@ -155,6 +155,19 @@ def test_eos_order_of_files(tmp_path):
     assert load_tokenizer(str(tmp_path)).eos_token_id == 0
 
 
+def test_every_listed_token_ends_a_text(tmp_path):
+    tok = load_tokenizer(str(make_folder(tmp_path, eos_token="<|im_end|>")))
+    assert tok.stops == {2}
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": [0, 999, 2]}')
+    found = load_tokenizer(str(tmp_path))
+    assert (found.stops, found.eos_token_id, found.hash) == ({0, 2}, 2, tok.hash)
+    (tmp_path / "config.json").write_text('{"eos_token_id": [1]}')
+    assert load_tokenizer(str(tmp_path)).stops == {0, 1, 2}
+    (tmp_path / "config.json").write_text('{"eos_token_id": []}')
+    assert load_tokenizer(str(tmp_path)).stops == {0, 2}
+    assert load_tokenizer("byte").stops == {256}
+
+
 def test_hash_is_of_the_vocabulary(tmp_path):
     a = make_folder(tmp_path / "a", eos_token="<|im_end|>")
     b = make_folder(tmp_path / "b")
