@@ -445,8 +445,9 @@ def main(argv: list[str] | None = None) -> None:
                 Path(args.out).mkdir(parents=True, exist_ok=True)
             except OSError as e:
                 raise UserError(f"--out: no folder {args.out} ({e.strerror})") from None
-        if args.seq_len < 1:
-            raise UserError(f"--seq_len: {args.seq_len} found, at least 1 expected")
+        for flag in ("seq_len", "eval_tokens"):
+            if getattr(args, flag) < 1:
+                raise UserError(f"--{flag}: {getattr(args, flag)} found, at least 1 expected")
         result = evaluate(args)
     except UserError as e:
         print(f"error: {e}", file=sys.stderr)

@@ -157,9 +157,14 @@ def questions(
     seed: int = 0,
 ) -> list[Question]:
     """All of them. Each (task, length, depth, sample) has a seed of its own, so a smaller
-    selection asks some of the same questions. UserError for an unknown task, or a length that is
-    too small for one."""
-    found = []
+    selection asks some of the same questions. UserError for an unknown task, a depth that is none,
+    or a length that is too small for one."""
+    found, depths = [], list(depths)
+    for depth in depths:
+        if not 0 <= depth <= 1:
+            raise UserError(f"--recall_depths: {depth:g} found, 0 (start) to 1 (end) expected")
+    if samples < 0:
+        raise UserError(f"--recall_samples: {samples} found, 0 or more expected")
     for task in tasks:
         if task not in TASKS:
             raise UserError(f"--recall_tasks: {task} found, some of {','.join(TASKS)} expected")

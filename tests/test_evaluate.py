@@ -348,6 +348,8 @@ def test_command(tmp_path, text_shards, pair, capsys):
         (["--device", "abacus"], "--device: 'abacus' found"),
         (["--device", "cuda:99"], "--device: cuda:99 found"),
         (["--seq_len", "0"], "--seq_len: 0 found"),
+        (["--eval_tokens", "0"], "--eval_tokens: 0 found"),
+        (["--recall_tasks", "copy", "--recall_samples", "-1"], "--recall_samples: -1 found"),
     ):
         with pytest.raises(SystemExit) as stop:
             script.main([*argv, *wrong])

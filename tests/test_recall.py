@@ -143,3 +143,8 @@ def test_refusals():
         questions(BYTES, tasks=["chess"])
     with pytest.raises(UserError, match=r"--recall_lengths: .* passkey needs at least"):
         questions(BYTES, tasks=["passkey"], lengths=(64,))
+    for depth in (-0.5, 50, float("nan")):
+        with pytest.raises(UserError, match=f"--recall_depths: {depth:g} found"):
+            questions(BYTES, tasks=["passkey"], depths=(0.5, depth))
+    with pytest.raises(UserError, match="--recall_samples: -1 found"):
+        questions(BYTES, samples=-1)
