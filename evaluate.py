@@ -178,11 +178,12 @@ def completions(
     device = model.embed_tokens.weight.device
     with amp():
         for prompt in prompts:
+            ids = tokenizer.prompt(prompt)
             new = generate(
-                model, tokenizer.prompt(prompt), tokens, temperature=temperature,
+                model, ids, tokens, temperature=temperature,
                 stops=tokenizer.stops, generator=torch.Generator(device).manual_seed(0),
             )  # fmt: skip
-            texts.append(tokenizer.decode(new))
+            texts.append(tokenizer.continuation(ids, new))
     reshard(model)
     return texts
 

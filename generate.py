@@ -220,8 +220,8 @@ def main(argv: list[str] | None = None) -> None:
                 model, ids, args.max_new_tokens, temperature=args.temperature, top_p=args.top_p,
                 stops=tokenizer.stops, generator=generator,
             )  # fmt: skip
-        for prompt, tokens in zip(args.prompt, new, strict=True):
-            print(prompt + tokenizer.decode(tokens))
+        for text, prompt, tokens in zip(args.prompt, ids, new, strict=True):
+            print(text + tokenizer.continuation(prompt, tokens))
     except UserError as e:
         print(f"error: {e}", file=sys.stderr)
         raise SystemExit(2) from None

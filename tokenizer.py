@@ -92,6 +92,12 @@ class Tokenizer:
         """Text of `ids`. Ids outside the vocabulary (padded embedding rows) show as U+FFFD."""
         raise AssertionError("subclasses decode")
 
+    def continuation(self, prompt: list[int], new: list[int]) -> str:
+        """Text of `new` after `prompt`, with the first space that SentencePiece's decoders take off
+        every text."""
+        before, whole = self.decode(prompt), self.decode(prompt + new)
+        return whole[len(before) :] if whole.startswith(before) else self.decode(new)
+
     def token_bytes(self) -> list[bytes] | None:
         """The bytes of every id, which may be part of a character; b"" for control tokens and ids
         without a token. None where tokens are no bytes of the text (SentencePiece's)."""

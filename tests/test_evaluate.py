@@ -188,11 +188,13 @@ def test_completions_are_greedy_texts():
     model = tiny_model("LF", dtype=torch.float32, **SHAPE)
     given = []
 
-    def decode(ids):
-        given.append(ids)
-        return str(len(ids))
+    def continuation(prompt, new):
+        given.append(new)
+        return str(len(new))
 
-    tokenizer = SimpleNamespace(prompt=load_tokenizer("byte").prompt, decode=decode, stops=())
+    tokenizer = SimpleNamespace(
+        prompt=load_tokenizer("byte").prompt, continuation=continuation, stops=()
+    )
     assert completions(model, tokenizer, 7) == ["7"] * IN_RUN
     assert completions(model, tokenizer, 7) and given[:3] == given[3:]
     tokenizer.stops = {given[0][1], 999}

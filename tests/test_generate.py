@@ -176,7 +176,8 @@ def test_chat_encodes_control_tokens_as_such(folder, monkeypatch):
 
         prompt = encode
 
-        def decode(self, ids):
+        def continuation(self, prompt, new):
+            assert prompt == [5] and len(new) == 1
             return ""
 
     monkeypatch.setattr(script, "load_tokenizer", lambda spec: Spy())

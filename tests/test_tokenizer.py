@@ -10,7 +10,16 @@ import tempfile
 from pathlib import Path
 
 import pytest
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from tokenizers import (
+    AddedToken,
+    Tokenizer,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    processors,
+    trainers,
+)
 
 from config import UserError
 from recall import questions
@@ -222,6 +231,32 @@ def test_a_tokenizer_that_begins_texts_begins_documents_and_prompts(where, tmp_p
     how = {"tasks": ["copy"], "lengths": [2048], "samples": 1}
     (asked,), (theirs,) = questions(tok, **how), questions(other, **how)
     assert asked.prompt == [0, *theirs.prompt]
+
+
+def test_a_continuation_keeps_its_first_space(tmp_path):
+    """SentencePiece's, whose decoder takes the first space off; bytes may end in a character."""
+    vocab = {token: i for i, token in enumerate(["<s>", "</s>", *"\u2581abc"])}
+    backend = Tokenizer(models.BPE(vocab, []))
+    backend.add_special_tokens(["<s>", "</s>"])
+    backend.normalizer = normalizers.Sequence(
+        [normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")]
+    )
+    backend.decoder = decoders.Sequence(
+        [decoders.Replace("\u2581", " "), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    backend.save(str(tmp_path / "tokenizer.json"))
+    config = {"eos_token": "</s>", "bos_token": "<s>", "add_bos_token": True}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    tok = load_tokenizer(str(tmp_path))
+    ids = tok.encode("ab c ba")
+    assert tok.decode(ids[3:]) == "c ba"
+    for prompt in (ids[:3], tok.starts + ids[:3]):
+        assert tok.continuation(prompt, ids[3:]) == " c ba"
+    assert tok.continuation(ids[:4], ids[4:]) == "c ba"
+    byte = load_tokenizer("byte")
+    first, second = byte.encode("\u00fc")
+    assert byte.continuation([97], [98, first]) == "b\ufffd"
+    assert byte.continuation([97, first], [second, 98]) == "\ufffdb"
 
 
 def test_portable_spec(tmp_path, monkeypatch):
