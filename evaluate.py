@@ -156,7 +156,7 @@ def inputs(batch: Batch) -> dict:
 @contextmanager
 def zeroed_attention(model: Transformer, layers: list[int]):
     """Within: the attention outputs of `layers` are zero, the floor that any mixer must beat."""
-    weights = [model.layers[i].attention.o_proj.weight for i in layers]
+    weights = [p for i in layers for p in model.layers[i].attention.o_proj.parameters()]
     saved = [w.detach().clone() for w in weights]
     with torch.no_grad():
         for w in weights:

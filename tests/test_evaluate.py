@@ -130,8 +130,11 @@ def test_shares_of_the_ranks_add_up(pair, batches):
     assert total == pytest.approx(whole, rel=1e-6)
 
 
-def test_zeroed_attention_restores_bitwise(pair, batches):
+@pytest.mark.parametrize("bias", [False, True])
+def test_zeroed_attention_restores_bitwise(bias, pair, batches):
     teacher, student = pair
+    if bias:
+        student = tiny_model("FLFF", dtype=torch.float32, attention_output_bias=True, **SHAPE)
     before = {name: p.detach().clone() for name, p in student.named_parameters()}
     ids = random_ids(student, 1, 9)
     with pytest.raises(RuntimeError, match="on purpose"), zeroed_attention(student, [0, 2]):
