@@ -35,6 +35,7 @@ def opt(default, text, *, choices=None, low=None, high=None):
     return field(default=default, metadata=meta)
 
 
+NUMBERS = {"int": int, "int | None": int | None, "float": int | float}  # by annotation
 FEATURE_MAPS = ("identity", "elu", "hedgehog")
 LAYER_TYPES = ("full_attention", "sliding_attention", "linear_attention")
 
@@ -77,6 +78,9 @@ class ModelConfig:
     eos_token_id: int | None = None  # written at the end of every document
 
     def __post_init__(self):
+        for f in dataclasses.fields(self):
+            if not isinstance(value := getattr(self, f.name), NUMBERS.get(f.type, object)):
+                raise UserError(f"{f.name}: {value!r} found, {f.type} expected")
         self.linear_num_key_heads = self.linear_num_key_heads or self.num_attention_heads
         self.linear_num_value_heads = self.linear_num_value_heads or self.linear_num_key_heads
         self.linear_key_head_dim = self.linear_key_head_dim or self.head_dim
@@ -133,8 +137,9 @@ class ModelConfig:
             raise UserError(f"rope_scaling: type '{scaling}' found, default or llama3 expected")
         for name in ("factor", "low_freq_factor", "high_freq_factor",
                      "original_max_position_embeddings"):  # fmt: skip
-            if scaling == "llama3" and name not in self.rope_scaling:
-                raise UserError(f"rope_scaling: no {name} found, llama3 needs it")
+            found = (self.rope_scaling or {}).get(name)
+            if scaling == "llama3" and not isinstance(found, int | float):
+                raise UserError(f"rope_scaling: {name} {found!r} found, llama3 needs a number")
 
     def mixer_name(self, layer: int) -> str:
         """Name of the linear mixer of block `layer` (which must be linear)."""

@@ -188,8 +188,10 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--chat", action="store_true", help="wrap the prompt in ChatML turns")
     args = parser.parse_args(argv)
     try:
-        if not 0 <= args.temperature < math.inf:
-            raise UserError(f"--temperature: {args.temperature:g} found, 0 or more expected")
+        if args.temperature and not 1e-6 <= args.temperature < math.inf:
+            raise UserError(f"--temperature: {args.temperature:g} found, 0 or 1e-6 to inf expected")
+        if not -(2**63) <= args.seed < 2**64:
+            raise UserError(f"--seed: {args.seed} found, a number of 64 bits expected")
         if not 0 < args.top_p <= 1:
             raise UserError(f"--top_p: {args.top_p:g} found, above 0 and at most 1 expected")
         if args.max_new_tokens < 0:

@@ -27,6 +27,7 @@ import hf_hybrids
 from config import ModelConfig, UserError
 from hf_files import (
     file_key,
+    listed_ends,
     opened,
     our_name,
     read_json,
@@ -113,7 +114,8 @@ def _from_hf(raw: dict, path: Path) -> ModelConfig:
         num_hidden_layers=raw["num_hidden_layers"],
         num_attention_heads=heads,
         num_key_value_heads=raw.get("num_key_value_heads") or heads,
-        head_dim=raw.get("head_dim") or (128 if kind == "qwen3" else raw["hidden_size"] // heads),
+        head_dim=raw.get("head_dim")
+        or (128 if kind == "qwen3" else raw["hidden_size"] // max(1, heads)),
         rms_norm_eps=raw.get("rms_norm_eps", 1e-6),
         rope_theta=theta,
         rope_scaling=rope if "rope_type" in rope else None,
@@ -137,6 +139,8 @@ def _rope(raw: dict, path: Path) -> tuple[dict, float]:
     for key in ("rope_parameters", "rope_scaling"):
         if not raw.get(key):
             continue
+        if not isinstance(raw[key], dict):
+            raise UserError(f"{path}: {key} is {raw[key]!r}, an object expected")
         rope = dict(raw[key])
         base = rope.pop("rope_theta", None)
         theta = theta or base
@@ -150,7 +154,10 @@ def _rope(raw: dict, path: Path) -> tuple[dict, float]:
             f"{path}: rope_scaling {raw['rope_scaling']} and rope_parameters "
             f"{raw['rope_parameters']} found, the same in both or one of them expected"
         )
-    return next(iter(found.values()), {}), float(theta or raw.get("rope_theta") or 10000.0)
+    theta = theta or raw.get("rope_theta") or 10000.0
+    if not isinstance(theta, int | float):
+        raise UserError(f"{path}: rope_theta is {theta!r}, a number expected")
+    return next(iter(found.values()), {}), float(theta)
 
 
 def _windows(raw: dict) -> tuple[int, list[str]]:
@@ -159,6 +166,8 @@ def _windows(raw: dict) -> tuple[int, list[str]]:
     if raw["model_type"] not in ("qwen2", "qwen3") or not raw.get("use_sliding_window"):
         return 0, ["full_attention"] * n
     first = raw.get("max_window_layers", 28)
+    if not isinstance(first, int):
+        raise UserError(f"max_window_layers: {first!r} found, a whole number expected")
     kinds = raw.get("layer_types") or [
         "sliding_attention" if i >= first else "full_attention" for i in range(n)
     ]
@@ -448,7 +457,7 @@ def write_folder(
     source = Path(tokenizer_from).expanduser()
     if not _copy_tokenizer(source, tmp, kind):
         raw["retort_tokenizer"] = str(tokenizer_from)
-    elif len(ends := _ends(source, config.eos_token_id)) > 1:
+    elif len(ends := listed_ends(source, config.eos_token_id)) > 1:
         raw["eos_token_id"] = ends
     (tmp / "config.json").write_text(json.dumps(raw, indent=2) + "\n")
     write_weights(((file_key(name), t.contiguous()) for name, t in tensors), tmp)
@@ -458,14 +467,6 @@ def write_folder(
         folder.rename(old)
     tmp.rename(folder)
     shutil.rmtree(old, ignore_errors=True)
-
-
-def _ends(source: Path, eos: int | None) -> list[int]:
-    """`eos`, then the other tokens that end a text by the config.json beside a tokenizer."""
-    path = (source if source.is_dir() else source.parent) / "config.json"
-    found = read_json(path).get("eos_token_id") if path.is_file() else None
-    others = found if isinstance(found, list) and eos in found else []
-    return list(dict.fromkeys([eos, *others]))
 
 
 def _copy_tokenizer(source: Path, folder: Path, kind: str) -> bool:

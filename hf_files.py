@@ -33,6 +33,14 @@ def read_json(path: Path) -> dict:
     return value
 
 
+def listed_ends(source: Path, eos: int | None) -> list[int]:
+    """`eos`, then the other tokens that end a text by the config.json beside a tokenizer."""
+    path = (source if source.is_dir() else source.parent) / "config.json"
+    found = read_json(path).get("eos_token_id") if path.is_file() else None
+    others = found if isinstance(found, list) and eos in found else []
+    return list(dict.fromkeys([eos, *others]))
+
+
 def our_name(key: str) -> str:
     """A parameter's name, from its key in a file."""
     return key.removeprefix("model.")

@@ -153,8 +153,10 @@ def test_command(folder, flags, capsys):
 
 
 @pytest.mark.parametrize(
-    "flag", ["--temperature=nan", "--temperature=-0.5", "--top_p=0", "--max_new_tokens=-3"]
-)
+    "flag",
+    ["--temperature=nan", "--temperature=-0.5", "--temperature=1e-40", "--top_p=0",
+     "--max_new_tokens=-3", f"--seed={2**64}"],
+)  # fmt: skip
 def test_settings_that_cannot_be(folder, flag, capsys):
     with pytest.raises(SystemExit) as stop:
         script.main([folder, "ab", "--device", "cpu", flag])

@@ -357,6 +357,22 @@ CONFIG_FAULTS = {
     ),
     "no vocab": (lambda c: c.pop("vocab_size"), "vocab_size"),
     "text for a number": (lambda c: c.update(hidden_size="32"), "hidden_size"),
+    "text for kv heads": (lambda c: c.update(num_key_value_heads="2"), "num_key_value_heads: '2'"),
+    "fraction": (lambda c: c.update(head_dim=12.0), r"head_dim: 12\.0"),
+    "text for epsilon": (lambda c: c.update(rms_norm_eps="1e-6"), "rms_norm_eps: '1e-6'"),
+    "no context": (lambda c: c.update(max_position_embeddings=None), "max_position_emb.*: None"),
+    "no heads": (lambda c: c.update(num_attention_heads=0, head_dim=None), "attention_heads: 0"),
+    "text for theta": (
+        lambda c: c.update(rope_theta="x", rope_parameters=None), "rope_theta is 'x'",
+    ),
+    "text for scaling": (lambda c: c.update(rope_scaling="linear"), "rope_scaling is 'linear'"),
+    "llama3 with no factor": (
+        lambda c: c["rope_parameters"].update(LLAMA3, factor=None), "rope_scaling: factor None",
+    ),
+    "text for windows": (
+        lambda c: c.update(model_type="qwen2", use_sliding_window=True, max_window_layers="1"),
+        "max_window_layers: '1'",
+    ),
     "heads do not divide": (lambda c: c.update(num_key_value_heads=3), "num_key_value_heads"),
     "odd head": (lambda c: c.update(head_dim=7), "head_dim"),
 }  # fmt: skip
@@ -388,6 +404,10 @@ def test_config_that_is_refused(change, named, folder):
         ("[]", "object"),
         ('{"model_type": "retort"}', "field 'retort'"),
         ('{"model_type": "retort", "retort": {"new_field": 1}}', "new_field"),
+        (
+            '{"model_type": "retort", "retort": {"num_hidden_layers": "2"}}',
+            "num_hidden_layers: '2'",
+        ),
     ],
 )
 def test_config_file_that_is_refused(text, named, folder):
