@@ -58,7 +58,7 @@ from cria_job import (
 from data import PackedLoader
 from distributed import all_have_done, compile_blocks, tell_failure
 from evaluate import inputs
-from hf import stock_type, write_folder
+from hf import require_tied, stock_type, write_folder
 from hf_files import our_name, read_weights
 from hybrid_layers import (
     check_transfer,
@@ -138,6 +138,8 @@ def shard(job: Job) -> None:
         if not is_finished(job.weights(name)):
             found = read_weights(job.cfg.teacher, wanted)
             tensors = {our_name(key): t for key, t in found.items()}
+            if job.teacher.tie_word_embeddings and "lm_head.weight" in tensors:
+                require_tied(job.cfg.teacher, tensors.__getitem__)
             write_tensor_file(job.weights(name), tensors)
 
     for b, block in enumerate(job.blocks):

@@ -285,10 +285,16 @@ def _fitting(
     missing = sorted(set(wanted) - set(names))
     if missing:
         raise UserError(f"{folder}: weight {missing[0]} is missing ({len(missing)} in all)")
-    head, tied = "lm_head.weight", "embed_tokens.weight"
-    if head in set(found) - set(names) and not torch.equal(read(head), read(tied)):
-        raise UserError(f"{folder}: {head} differs from {tied}, tie_word_embeddings false expected")
+    if "lm_head.weight" in set(found) - set(names):
+        require_tied(folder, read)
     return names
+
+
+def require_tied(folder: str | Path, read: Callable[[str], Tensor]) -> None:
+    """UserError where the head that is stored beside a tied embedding is another one."""
+    head, tied = "lm_head.weight", "embed_tokens.weight"
+    if not torch.equal(read(head), read(tied)):
+        raise UserError(f"{folder}: {head} differs from {tied}, tie_word_embeddings false expected")
 
 
 # ---- which format holds which model

@@ -15,6 +15,7 @@ import pytest
 import torch
 from conftest import call_script, metric_rows
 from kit import assert_close_rms, some_slow
+from safetensors.torch import load_file, save_file
 from test_runs import kd_flags, weights
 
 import cria
@@ -319,6 +320,15 @@ def test_a_stopped_block_says_how_to_go_on(flags, monkeypatch, capsys):
     with pytest.raises(SystemExit):
         call_script("train_kd", *flags("a", "--cria=3"))
     assert "block-000, --resume auto with --run a goes on" in capsys.readouterr().err
+
+
+def test_a_tied_teacher_with_another_head_is_refused(flags, tiny_teacher, tmp_path, refused):
+    shutil.copytree(tiny_teacher, tmp_path / "other")
+    stored = load_file(tmp_path / "other/model.safetensors")
+    stored["lm_head.weight"] = stored["model.embed_tokens.weight"] + 1
+    save_file(stored, tmp_path / "other/model.safetensors")
+    more = ("--cria=2", f"--teacher={tmp_path / 'other'}")
+    assert "lm_head.weight differs" in refused("train_kd", *flags("a", *more))
 
 
 def test_damage_is_named(flags, tmp_path, refused, monkeypatch):
