@@ -34,7 +34,7 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from config import UserError
-from scripts.readers import Damaged, input_files, reader_of
+from scripts.readers import Damaged, input_files, not_read, reader_of
 from scripts.unfinished import Unfinished
 from shard_writer import ShardWriter, pack_documents
 from tokenizer import Tokenizer, load_tokenizer
@@ -262,7 +262,9 @@ def prepare(options) -> dict:
     for flag in ("shard_tokens", "num_workers"):
         if getattr(options, flag) < 1:
             raise UserError(f"--{flag} {getattr(options, flag)}: expected at least 1")
-    files = input_files(options.inputs)
+    files, unknown = input_files(options.inputs)
+    if unknown:
+        print(not_read(unknown), file=sys.stderr)
     file_stats = [path.stat() for path in files]
     starts = np.cumsum([0, *(s.st_size for s in file_stats)]).tolist()
     tokenizer, fast, why_not = pick_tokenizer(options, starts[-1])

@@ -12,6 +12,7 @@ from __future__ import annotations
 import glob
 import importlib
 import zlib
+from collections import Counter
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -21,6 +22,7 @@ from config import UserError
 # Compressed text may grow a hundredfold, so this is less than what a worker takes at a time.
 READ_BYTES = 1 << 17
 PARQUET_ROWS = 1024
+ENDINGS_SHOWN = 8
 
 
 class Rows(NamedTuple):
@@ -89,7 +91,7 @@ def plain_pieces(path: Path):
 def decompressed_pieces(path: Path):
     """The frames of a zstd file, or the members of a gzip file, one after another."""
     new, error_type = partial(zlib.decompressobj, wbits=31), zlib.error
-    if path.suffix != ".gz":
+    if path.suffix.lower() != ".gz":
         zstandard = _package("zstandard", path)
         new, error_type = lambda: zstandard.ZstdDecompressor().decompressobj(), zstandard.ZstdError
     frame, at = None, 0
@@ -175,13 +177,27 @@ NEEDS = {".parquet": "pyarrow.parquet", ".zst": "zstandard", ".zstd": "zstandard
 
 def reader_of(path: Path):
     """By the end of its name; None if no reader knows it."""
-    return next((read for end, read in READERS.items() if path.name.endswith(end)), None)
+    name = path.name.lower()
+    return next((read for end, read in READERS.items() if name.endswith(end)), None)
 
 
-def input_files(patterns: list[str]) -> list[Path]:
-    """The files behind the inputs, each once; `UserError` for an input that names none, or a type
-    whose package is missing."""
-    files = {}
+def not_read(files: list[Path]) -> str:
+    """One line about files that no reader knows: how many have which ending."""
+    packed = (".gz", ".zst", ".zstd", ".bz2", ".xz")
+    ends = [[suffix.lower() for suffix in path.suffixes] for path in files]
+    counts = Counter(
+        "".join(end[-2 if end[-1] in packed else -1 :]) if end else "without ending" for end in ends
+    )
+    shown = [f"{count:,} {end}" for end, count in counts.most_common(ENDINGS_SHOWN)]
+    if rest := counts.total() - sum(count for _, count in counts.most_common(ENDINGS_SHOWN)):
+        shown.append(f"{rest:,} others")
+    return f"not read: {', '.join(shown)} (such as {files[0]})"
+
+
+def input_files(patterns: list[str]) -> tuple[list[Path], list[Path]]:
+    """The files behind the inputs, each once, and those of folders that no reader knows, without
+    hidden ones; `UserError` for an input that names none, or a type whose package is missing."""
+    files, unknown = {}, {}
     for pattern in patterns:
         path = Path(pattern)
         found = [path] if path.exists() else sorted(map(Path, glob.glob(pattern, recursive=True)))
@@ -189,15 +205,20 @@ def input_files(patterns: list[str]) -> list[Path]:
             raise UserError(f"{pattern}: no such file, folder or pattern")
         for item in found:
             if item.is_dir():
-                inside = [p for p in sorted(item.rglob("*")) if reader_of(p) and p.is_file()]
+                every = [p for p in sorted(item.rglob("*")) if p.is_file()]
+                inside = [p for p in every if reader_of(p)]
                 if not inside:
                     raise UserError(f"{item}: the folder holds no {', '.join(READERS)} file")
                 files |= {p.resolve(): p for p in inside}
+                for p in every:
+                    hidden = any(part.startswith(".") for part in p.relative_to(item).parts)
+                    if not (hidden or reader_of(p)):
+                        unknown[p.resolve()] = p
             elif reader_of(item):
                 files[item.resolve()] = item
             else:
                 raise UserError(f"{item}: cannot read this type; expected {', '.join(READERS)}")
     for path in files.values():
-        if path.suffix in NEEDS:
-            _package(NEEDS[path.suffix], path)
-    return list(files.values())
+        if path.suffix.lower() in NEEDS:
+            _package(NEEDS[path.suffix.lower()], path)
+    return list(files.values()), list(unknown.values())

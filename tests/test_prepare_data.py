@@ -91,15 +91,36 @@ def test_text_files_globs_and_paragraph_breaks(tmp_path, capsys):
     (tmp_path / "sub/a.txt").write_text("one\n\nstill one\n\n\n\ntwo\n \n\nthree\n")
     (tmp_path / "sub/b.md").write_text("four\n")
     (tmp_path / "sub/c.txt").write_text("  \n")  # blank: no document
-    (tmp_path / "sub/d.rst").write_text("not read\n")
     folder = tmp_path / "sub"
     assert run(folder, folder / "*.txt", "--out", tmp_path / "o", "--val_fraction", 0) == 0
     assert texts(tmp_path / "o", "train") == [(folder / "a.txt").read_text(), "four\n"]
-    assert "warning" not in capsys.readouterr().err  # nothing was to be held out
+    assert capsys.readouterr().err == ""  # no warning: nothing was to be held out
     split = ["--split_paragraph_breaks", "--val_fraction", 0, "--out", tmp_path / "s"]
     assert run(folder / "a.txt", *split) == 0
     found = [text.strip() for text in texts(tmp_path / "s", "train")]
     assert found == ["one\n\nstill one", "two", "three"]
+
+
+def test_what_is_not_read_is_said(tmp_path, monkeypatch, capsys):
+    """Counted by ending, in one line; hidden files are nobody's input. Case does not matter."""
+    folder = tmp_path / "in"
+    (folder / ".git").mkdir(parents=True)
+    for name in ("1.json", "2.json", "v1.2.JSON", "b.txt.gz", "c.rst", "Makefile", ".git/config"):
+        (folder / name).write_text('{"text": "x"}\n')
+    line, count = failure(capsys, folder, "--out", tmp_path / "o")
+    assert "the folder holds no .txt" in line and count == 1
+    write_jsonl(folder / "X.JSONL", ["one"])
+    data = json.dumps({"text": "two"}).encode()
+    (folder / "Y.jsonl.GZ").write_bytes(gzip.compress(data))
+    (folder / "Z.Jsonl.Zst").write_bytes(zstandard.compress(data))
+    args = [folder, folder, "--val_fraction", 0, "--out", tmp_path / "o"]
+    assert run(*args) == 0
+    assert texts(tmp_path / "o", "train") == ["one", "two", "two"]
+    said = "not read: 3 .json, 1 without ending, 1 .txt.gz, 1 .rst (such as "
+    assert capsys.readouterr().err == f"{said}{folder / '1.json'})\n"
+    monkeypatch.setattr(readers, "ENDINGS_SHOWN", 1)
+    assert run(*args, "--overwrite") == 0
+    assert "not read: 3 .json, 3 others (" in capsys.readouterr().err
 
 
 def test_bad_lines_are_named_and_counted(tmp_path, capsys):
