@@ -48,7 +48,7 @@ def read_text(path: Path, options, start: int):
     """The file as one document, or split at two or more blank lines in a row."""
     row = 0
     try:
-        with open(path, encoding="utf-8") as file:
+        with open(path, encoding="utf-8-sig") as file:
             for text in _paragraphs(file) if options.split_paragraph_breaks else [file.read()]:
                 row += 1
                 if row > start:
@@ -90,20 +90,23 @@ def plain_pieces(path: Path):
 
 def decompressed_pieces(path: Path):
     """The frames of a zstd file, or the members of a gzip file, one after another."""
-    new, error_type = partial(zlib.decompressobj, wbits=31), zlib.error
+    new, error_type, padding = partial(zlib.decompressobj, wbits=31), zlib.error, b"\0"
     if path.suffix.lower() != ".gz":
         zstandard = _package("zstandard", path)
-        new, error_type = lambda: zstandard.ZstdDecompressor().decompressobj(), zstandard.ZstdError
-    frame, at = None, 0
+        # The window is that of `zstd --long=31`.
+        new = zstandard.ZstdDecompressor(max_window_size=2**31).decompressobj
+        error_type, padding = zstandard.ZstdError, b""
+    frame, at, between = None, 0, b""  # zero bytes may follow a gzip member
     for at, chunk in plain_pieces(path):
-        while chunk:
+        while chunk := chunk if frame else chunk.lstrip(between):
             frame = frame or new()
             try:
                 piece = frame.decompress(chunk)
             except error_type as error:
                 raise Damaged("damaged", f"{path}: damaged ({error}) before byte {at}") from error
             chunk = frame.unused_data
-            frame = None if frame.eof else frame
+            if frame.eof:
+                frame, between = None, padding
             yield at, piece
     if frame is not None:
         raise Damaged("damaged", f"{path}: cut off at byte {at}, inside a frame")
@@ -143,7 +146,10 @@ def read_parquet(path: Path, options, start: int):
     try:
         with parquet.ParquetFile(path) as file:
             column = file.schema_arrow.field(field) if field in file.schema_arrow.names else None
-            if column is None or str(column.type) not in ("string", "large_string"):
+            kind = column and column.type
+            if isinstance(kind, arrow.DictionaryType):  # pandas' category
+                kind = kind.value_type
+            if str(kind) not in ("string", "large_string", "string_view"):
                 found = ", ".join(f"{c.name} ({c.type})" for c in file.schema_arrow)
                 message = f"{path}: no text column {field!r} among {found}"
                 raise Damaged("no text", message)

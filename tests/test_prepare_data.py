@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pyarrow.parquet
 import pytest
@@ -89,7 +90,7 @@ def test_another_seed_holds_out_others(tmp_path):
 def test_text_files_globs_and_paragraph_breaks(tmp_path, capsys):
     (tmp_path / "sub").mkdir()
     (tmp_path / "sub/a.txt").write_text("one\n\nstill one\n\n\n\ntwo\n \n\nthree\n")
-    (tmp_path / "sub/b.md").write_text("four\n")
+    (tmp_path / "sub/b.md").write_bytes(b"\xef\xbb\xbffour\r\n")  # as Windows writes them
     (tmp_path / "sub/c.txt").write_text("  \n")  # blank: no document
     folder = tmp_path / "sub"
     assert run(folder, folder / "*.txt", "--out", tmp_path / "o", "--val_fraction", 0) == 0
@@ -99,6 +100,9 @@ def test_text_files_globs_and_paragraph_breaks(tmp_path, capsys):
     assert run(folder / "a.txt", *split) == 0
     found = [text.strip() for text in texts(tmp_path / "s", "train")]
     assert found == ["one\n\nstill one", "two", "three"]
+    options = SimpleNamespace(split_paragraph_breaks=False)
+    (rows,) = readers.read_text(folder / "b.md", options, 0)
+    assert rows == (1, 9, ["four\n"])  # its bytes with the mark
 
 
 def test_what_is_not_read_is_said(tmp_path, monkeypatch, capsys):
@@ -162,6 +166,24 @@ def test_compressed_lines(name, tmp_path, monkeypatch, capsys):
     assert texts(tmp_path / "o", "train") == wanted and "0 left out" in capsys.readouterr().out
 
 
+def test_zero_bytes_after_gzip_and_long_windows_of_zstd(tmp_path, monkeypatch, capsys):
+    """Padding as on tapes, over several pieces; the window of `zstd --long=31`."""
+    monkeypatch.setattr(readers, "READ_BYTES", 50)
+    first, second = (json.dumps({"text": text}).encode() + b"\n" for text in "ab")
+    padded = gzip.compress(first) + bytes(7) + gzip.compress(second) + bytes(130)
+    (tmp_path / "a.jsonl.gz").write_bytes(padded)
+    (tmp_path / "b.jsonl.gz").write_bytes(bytes(9))  # nothing but zeros is no gzip file
+    compressor = zstandard.ZstdCompressor().compressobj()  # of unknown size: with a window
+    long = bytearray(compressor.compress(first) + compressor.flush())
+    long[5] = (31 - 10) << 3  # RFC 8878, 3.1.1.1.2
+    assert zstandard.get_frame_parameters(bytes(long)).window_size == 2**31
+    (tmp_path / "c.jsonl.zst").write_bytes(long)
+    assert run(tmp_path, "--out", tmp_path / "o", "--val_fraction", 0) == 0
+    captured = capsys.readouterr()
+    assert texts(tmp_path / "o", "train") == ["a", "b", "a"]
+    assert "b.jsonl.gz: damaged" in captured.err and "1 left out" in captured.out
+
+
 @pytest.mark.parametrize("name", COMPRESSED[1:3])
 @pytest.mark.parametrize("harm", ["cut", "flipped"])
 def test_damaged_compressed_files_are_named(name, harm, tmp_path, capsys):
@@ -206,6 +228,7 @@ def test_parquet(tmp_path, monkeypatch, capsys):
 
     write_parquet(tmp_path / "in" / "001.parquet", text=[1, 2])
     write_parquet(tmp_path / "in" / "002.parquet", content=["a"])
+    write_parquet(tmp_path / "in" / "005.parquet", text=[["a"]])
     whole = (tmp_path / "in" / "000.parquet").read_bytes()
     (tmp_path / "in" / "003.parquet").write_bytes(whole[:-9])
     broken = bytearray(whole)
@@ -215,8 +238,20 @@ def test_parquet(tmp_path, monkeypatch, capsys):
     err = capsys.readouterr().err
     assert "001.parquet: no text column 'text' among text (int64)" in err
     assert "002.parquet: no text column 'text' among content (string)" in err
+    assert "005.parquet: no text column 'text' among text (list<" in err
     assert "003.parquet: damaged after row 0 (" in err and "004.parquet: damaged after row" in err
     assert texts(tmp_path / "o", "train")[:40] == rows
+
+
+@pytest.mark.parametrize("kind", ["large_string", "string_view", "dictionary"])
+def test_text_columns_of_parquet(kind, tmp_path):
+    """pandas writes a category as a dictionary."""
+    column = pyarrow.array(["x", "y", "x"] * 5)
+    make = {"dictionary": column.dictionary_encode}
+    column = make.get(kind, lambda: column.cast(getattr(pyarrow, kind)()))()
+    path = write_parquet(tmp_path / "a.parquet", text=column)
+    assert run(path, "--out", tmp_path / "o", "--val_fraction", 0) == 0
+    assert texts(tmp_path / "o", "train") == ["x", "y", "x"] * 5
 
 
 def test_a_missing_package_is_named_before_anything_is_read(tmp_path, monkeypatch, capsys):
