@@ -105,7 +105,7 @@ def open_corpora(
         folder = resolve_data(data, tokenizer)
         for split, parts in splits.items():
             parts[name] = TokenDataset.open(folder, split)
-        splits["train"][name].check_tokenizer(tokenizer)
+            parts[name].check_tokenizer(tokenizer)
     if len(splits["train"]) < len(corpora):
         return None
     weights = [weight for _, weight in corpora.values()]

@@ -181,6 +181,14 @@ def test_held_out_rows_are_concatenated_always(corpora):
     assert [part.name for part in val.parts] == [f"{folder} (val)" for folder in corpora[:2]]
 
 
+def test_every_split_must_fit_the_tokenizer(tmp_path):
+    """An id that no embedding has would end the first evaluation."""
+    for split, top in (("train", 255), ("val", 300)):
+        np.arange(top - 200, top + 1, dtype="<u2").tofile(tmp_path / f"{split}.bin")
+    with pytest.raises(UserError, match=r"\(val\): holds token 300, expected ids below 257"):
+        open_corpora(f"nanogpt:{tmp_path}", ByteTokenizer(), "concatenate")
+
+
 def test_the_embedded_corpus_of_a_mixture_waits(corpora):
     """Before a process group starts it is not made, but the others are checked."""
     spec = f"stdlib:1,{corpora[0]}:1"
