@@ -24,6 +24,7 @@ from distributed import FAILURE, World, shared_store
 HUNG = 4  # exit code
 PLACES = ("loading data", "computing", "evaluating", "saving")  # of a step, in this order
 GRACE = 10.0  # seconds in which a rank should feel by itself that another one has failed
+LATE = 1.0  # seconds by which the thread wakes too late where its process was stopped meanwhile
 SILENT = 5  # missed messages after which a process counts as stopped, not as waiting
 
 
@@ -55,7 +56,16 @@ class Watchdog:
 
     def _run(self) -> None:
         failed = 0.0  # when another rank was seen to have failed
-        while not self.over.wait(self.interval):
+        seen = paused = 0.0  # a time of `watch`, and for how long the process was stopped after it
+        while True:
+            begun = time.monotonic()
+            if self.over.wait(self.interval):
+                return
+            extra = time.monotonic() - begun - self.interval
+            if seen != self.when:
+                seen, paused = self.when, 0.0
+            if extra > LATE:  # SIGSTOP, docker pause, Slurm's suspend
+                paused = min(paused + extra, time.monotonic() - seen)
             if self.store is not None:
                 with contextlib.suppress(Exception):  # the store's host may be what is gone
                     here = json.dumps([self.step, PLACES.index(self.place), time.time()])
@@ -64,7 +74,7 @@ class Watchdog:
                         failed = time.monotonic()
                 if failed and time.monotonic() - failed > GRACE:
                     os._exit(1)  # that rank has said why
-            if time.monotonic() - self.when > self.seconds:
+            if time.monotonic() - self.when - paused > self.seconds:
                 self._end()
 
     def _end(self) -> None:

@@ -27,23 +27,29 @@ data.PackedLoader._build = sleepy
 """
 
 
-@pytest.mark.parametrize("progress", [False, True])
-def test_one_process(progress):
-    """Also where the main thread is in C code that never returns; not while there is progress."""
+PAUSE = "sleep 0.3; kill -STOP {0}; sleep 4; kill -CONT {0}"
+
+
+@pytest.mark.parametrize("how", ["hung", "progress", "paused"])
+def test_one_process(how):
+    """Also where the main thread is in C code that never returns; not while there is progress, nor
+    because the process was stopped for a while."""
+    pause = f"subprocess.Popen([{PAUSE!r}.format(os.getpid())], shell=True)"
     code = (
-        "import time, torch\n"
+        "import os, subprocess, time, torch\n"
         "from distributed import World\n"
         "from watchdog import Watchdog\n"
         "with Watchdog(World(0, 1, torch.device('cpu')), 2) as dog:\n"
+        f"    {pause if how == 'paused' else 'pass'}\n"
         "    for step in range(5):\n"
         "        dog.watch(step, 'computing')\n"
-        f"        time.sleep({0.6 if progress else 20})\n"
+        f"        for _ in range(12): time.sleep({20 if how == 'hung' else 0.05})\n"
     )
     found = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60
     )
     line = "error: no progress for 2 s (--hang_timeout): rank 0 in step 0, computing\n"
-    assert (found.returncode, found.stderr) == ((0, "") if progress else (HUNG, line))
+    assert (found.returncode, found.stderr) == ((HUNG, line) if how == "hung" else (0, ""))
 
 
 @pytest.mark.slow
