@@ -27,6 +27,8 @@ from config import ALIASES, REFUSED, STAGES, DistillConfig, Stopped, UserError
 STORAGE = {
     errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO,
 }  # fmt: skip
+# Of a path that cannot be what it has to be.
+PATHS = {errno.ENOTDIR, errno.EEXIST, errno.EISDIR, errno.ENAMETOOLONG}
 
 
 class Bare(str):
@@ -113,8 +115,8 @@ def read_yaml(path: str | Path) -> dict[str, str]:
         path = ours / path
     try:
         # BaseLoader keeps every scalar as text: no sexagesimal 3:1, no 1e-3 read as a string.
-        tree = yaml.load(path.read_text(), Loader=EachOnce) or {}
-    except yaml.YAMLError as e:
+        tree = yaml.load(path.read_text(encoding="utf-8"), Loader=EachOnce) or {}
+    except (yaml.YAMLError, UnicodeDecodeError) as e:
         raise UserError(f"--config: {path} is not YAML: {' '.join(str(e).split())}") from None
     if not isinstance(tree, dict):
         raise UserError(f"--config: {path} holds a {type(tree).__name__}, settings expected")
@@ -239,7 +241,7 @@ def run_main(cls, main, argv: list[str] | None = None, default_preset=None) -> N
     """Parse the command line of a training script into a `cls` and call `main(cfg, command)`.
 
     `default_preset(flags)` names the preset when none is given. A UserError becomes one line on
-    stderr (of one rank) and exit code 2, and so does a disk that is full or cannot be written;
+    stderr (of one rank) and exit code 2, and so does a disk that is full or a path that cannot be;
     a run that is Stopped ends with its code; any other error with 1, after its traceback.
     """
     argv = sys.argv[1:] if argv is None else argv
@@ -263,10 +265,11 @@ def run_main(cls, main, argv: list[str] | None = None, default_preset=None) -> N
             time.sleep(1)
         raise SystemExit(e.code) from None
     except OSError as e:
-        if e.errno not in STORAGE:
+        if e.errno not in STORAGE | PATHS:
             _fail(e)
         where = e.filename or "a file of the run"
-        _say(f"error: {where}: {e.strerror}; room and permission to write expected")
+        expected = "another path" if e.errno in PATHS else "room and permission to write"
+        _say(f"error: {where}: {e.strerror}; {expected} expected")
         raise SystemExit(2) from None
     except Exception as e:
         _fail(e)

@@ -355,7 +355,7 @@ def _load_ends(path: Path) -> np.ndarray:
         ends = np.load(path, allow_pickle=False)
     except FileNotFoundError:
         raise UserError(f"{path}: missing; it holds the document ends of its shard") from None
-    except (ValueError, EOFError) as error:
+    except (ValueError, EOFError, IsADirectoryError) as error:
         raise UserError(f"{path}: not a readable .npy file") from error
     if ends.dtype != np.dtype("<i8") or ends.ndim != 1 or not len(ends):
         raise UserError(f"{path}: {ends.dtype} of shape {ends.shape}, expected 1-D int64")

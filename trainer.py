@@ -158,6 +158,9 @@ def check_run_folder(cfg: TrainConfig) -> None:
     if cfg.resume == "auto" and not cfg.run:
         raise UserError("--resume: auto found without --run, the name of the run to go on with")
     folder = run_folder(cfg, "")
+    for flag, path in (("save_model_dir", Path(cfg.save_model_dir)), ("run", folder)):
+        if path.exists() and not path.is_dir():
+            raise UserError(f"--{flag}: {path} is no folder; a folder, or a new path, expected")
     if not cfg.run or cfg.resume == "auto" or not folder.exists() or not any(folder.iterdir()):
         return
     resumed = Path(cfg.resume).resolve()

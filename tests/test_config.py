@@ -96,6 +96,13 @@ def test_a_preset_says_each_thing_once(text, line, tmp_path):
         load(DistillConfig, preset=preset)
 
 
+def test_a_preset_that_is_no_text(tmp_path):
+    preset = tmp_path / "p.yaml"
+    preset.write_bytes(b"seed: 1 # \xff\n")
+    with pytest.raises(UserError, match=r"p\.yaml is not YAML: 'utf-8' codec"):
+        load(DistillConfig, preset=preset)
+
+
 def test_a_flag_without_a_value():
     for argv in (["--run", "--lr", "1e-3"], ["--lr", "1e-3", "--run"], ["--save-model-dir"]):
         with pytest.raises(UserError, match="no value found"):
@@ -280,6 +287,22 @@ def test_tokenizer_and_vocabulary_mismatch(refused, tiny_teacher, tiny_data, tmp
         path.write_bytes(head.tobytes() + path.read_bytes()[1024:])
     line = refused("train_kd", f"--teacher={tiny_teacher}", f"--data={meta}", "--layers=1")
     assert "tokenizer" in line
+
+
+@pytest.mark.parametrize(
+    ("folder", "run", "says"),
+    [
+        ("file", "a", "--save_model_dir: {}/file is no folder"),
+        (".", "file", "--run: {}/file is no folder"),
+        ("file/deep", "a", "Not a directory; another path expected"),
+        (".", "x" * 300, "File name too long; another path expected"),
+    ],
+)
+def test_a_run_needs_a_folder(refused, tiny_data, tmp_path, folder, run, says):
+    (tmp_path / "file").touch()
+    argv = ["--num_blocks=1", "--num_heads=2", "--embedding_dim=16", "--context_len=32"]
+    argv += [f"--data={tiny_data}", "--device=cpu", f"--save_model_dir={tmp_path / folder}"]
+    assert says.format(tmp_path) in refused("train", *argv, f"--run={run}")
 
 
 def test_a_run_is_never_overwritten(refused, tiny_data, tmp_path):

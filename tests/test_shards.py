@@ -114,6 +114,10 @@ DAMAGE = {
     "no sidecar": (lambda shard, docs: docs.unlink(), "train-00000.docs.npy: missing"),
     "sidecar bit": (lambda shard, docs: edit(docs, -8, 1), "train-00000.docs.npy: damaged"),
     "sidecar cut": (lambda shard, docs: cut(docs, -4), "train-00000.docs.npy: not a readable"),
+    "sidecar folder": (
+        lambda shard, docs: (docs.unlink(), docs.mkdir()),
+        "train-00000.docs.npy: not a readable",
+    ),
     "sidecar pickle": (
         lambda shard, docs: np.save(docs, np.array([{}], dtype=object), allow_pickle=True),
         "train-00000.docs.npy: not a readable",
