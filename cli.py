@@ -22,6 +22,7 @@ from pathlib import Path
 import yaml
 
 from config import ALIASES, REFUSED, STAGES, DistillConfig, Stopped, UserError
+from layer_lists import auto_share
 
 # What a disk says that is full, at its quota, read-only, not ours or failing.
 STORAGE = {
@@ -181,6 +182,16 @@ def load_config(cls, flags: dict[str, str], preset: str | Path | None):
         odd = [n for n in ("step", "block", "resident") if level.get(f"cria_{n}")]
         if odd and not cfg.cria:
             raise UserError(f"--cria_{odd[0]}: found without --cria, the layers of a block")
+        for flag in (flag for flag, how in level.items() if how == 2):  # presets may hold more
+            group, _, name = flag.partition("_")
+            if name == "muon_lr" and not getattr(cfg, group).use_muon:
+                raise UserError(f"--{flag}: found without --{group}_use_muon")
+            if group == "lora" and all(getattr(cfg, s).train != "lora" for s in cfg.stage_names()):
+                raise UserError(f"--{flag}: found, but no stage of --stages trains lora")
+            if group == "search" and auto_share(cfg.layers) is None:
+                raise UserError(f"--{flag}: found with --layers {cfg.layers}, auto:SHARE expected")
+    elif level.get("muon_lr") == 2 and not cfg.use_muon:
+        raise UserError("--muon_lr: found without --use_muon")
     elif cfg.layers and cfg.keep_layers:
         raise UserError("--keep_layers: not together with --layers, it is the complement")
     elif cfg.reference and cfg.select_tokens == 1:

@@ -171,6 +171,7 @@ def test_a_stages_own_setting_wins_and_a_flag_over_a_preset(tmp_path):
     assert cfg.distill.micro_batch == 4 and cfg.distill.use_muon
 
 
+NO_TEACHER = ["--teacher=none"]  # so that nothing starts where they are not refused
 REFUSALS = [
     ("train_kd", ["--layer=3"], "did you mean --layers"),
     ("train_kd", ["--lr=1"], "--align_lr and --distill_lr"),
@@ -207,7 +208,38 @@ REFUSALS = [
     ("train", ["--layers=1", "--keep_layers=2"], "complement"),
     ("train", ["--wandb_enabled", "--tracker=tensorboard"], "one of them expected"),
     ("train_kd", ["--cria_step=collect", "--run=x"], "--cria_step: found without --cria"),
+    ("train", ["--muon_lr=0.02", "--tokenizer=no"], "--muon_lr: found without --use_muon"),
+    ("train_kd", [*NO_TEACHER, "--distill_muon_lr=0.02"], "found without --distill_use_muon"),
+    (
+        "train_kd",
+        [*NO_TEACHER, "--align_muon_lr=0.02", "--use_muon"],
+        "found without --align_use_muon",
+    ),
+    (
+        "train_kd",
+        [*NO_TEACHER, "--lora_rank=4", "--long_train=lora"],
+        "no stage of --stages trains lora",
+    ),
+    (
+        "train_kd",
+        [*NO_TEACHER, "--search_window=8", "--layers=3:1"],
+        "--layers 3:1, auto:SHARE expected",
+    ),
 ]
+
+
+def test_flags_that_need_another_flag(tmp_path):
+    """With it they are taken; a preset may hold them in case."""
+    preset = tmp_path / "p.yaml"
+    preset.write_text("distill: {muon_lr: 0.02}\nlora_rank: 4\nsearch: {window: 8}\n")
+    cfg = load(DistillConfig, "--use_muon", "--long_muon_lr=0.01", preset=preset)
+    assert (cfg.distill.muon_lr, cfg.long.muon_lr, cfg.lora_rank) == (0.02, 0.01, 4)
+    assert load(DistillConfig, "--layers=auto:0.5", "--search_window=8").search.window == 8
+    assert load(DistillConfig, "--distill_train=lora", "--lora_rank=4").lora_rank == 4
+    blocks = ("--cria=1", "--stages=align,block", "--lora_rank=4")  # block trains lora
+    assert load(DistillConfig, *blocks).lora_rank == 4
+    (preset := tmp_path / "q.yaml").write_text("muon_lr: 0.02\n")
+    assert load(PretrainConfig, preset=preset).muon_lr == 0.02
 
 
 @pytest.mark.parametrize(("script", "argv", "says"), REFUSALS)
