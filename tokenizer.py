@@ -230,7 +230,8 @@ class JsonTokenizer(Tokenizer):
                 f" {folder / 'tokenizer_config.json'} naming a token of the vocabulary"
             )
         bos = next(iter(self._token_ids(folder, "bos", vocab, vocab_size)), None)
-        # In the file itself, or done by transformers when it loads the file.
+        # In the file itself, or by the setting: transformers 4 heeds it for Llama's tokenizers,
+        # transformers 5 drops it beside a tokenizer.json; here it counts, as the model was trained.
         first = self._backend.encode("", add_special_tokens=True).ids[:1]
         adds = bos is not None and (first == [bos] or config.get("add_bos_token") is True)
         starts = [bos] if adds else []

@@ -207,7 +207,8 @@ def test_hash_is_of_what_added_tokens_do(tmp_path):
 
 @pytest.mark.parametrize("where", ["tokenizer.json", "tokenizer_config.json"])
 def test_a_tokenizer_that_begins_texts_begins_documents_and_prompts(where, tmp_path):
-    """As Llama's do: before documents, prompts and recall's questions, in transformers' way."""
+    """As Llama's do: before documents, prompts and recall's questions. The setting counts as
+    in transformers 4, with which such models were trained; transformers 5 drops it."""
     plain, folder = (make_folder(tmp_path / name, eos_token="<|im_end|>") for name in "ab")
     config = json.loads((folder / "tokenizer_config.json").read_text())
     config["bos_token"] = "<|endoftext|>"
