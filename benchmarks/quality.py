@@ -85,10 +85,14 @@ def changes(args, flags: list[str]) -> dict[str, str]:
     """The flags of a row that say something else than the base."""
     given = parse_argv(flags)[1]
     whole = base_config(args, **given)
-    return {
-        name: text for name, text in given.items()
-        if base_config(args, **{n: t for n, t in given.items() if n != name}) != whole
-    }  # fmt: skip
+
+    def same_without(name: str) -> bool:
+        try:
+            return base_config(args, **{n: t for n, t in given.items() if n != name}) == whole
+        except UserError:  # another flag needs it
+            return False
+
+    return {name: text for name, text in given.items() if not same_without(name)}
 
 
 # ---- running
