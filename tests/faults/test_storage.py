@@ -48,7 +48,7 @@ def test_a_shard_cut_off_while_it_is_read(tiny_data, tmp_path):
         wait_for_step(process, tmp_path / "a", 6)
         os.truncate(data / "train-00000.bin", 3000)
         _, err = process.communicate(timeout=60)
-    assert process.returncode == 2 and err.count("\n") == 1
+    assert process.returncode == 2 and err.count("\n") == 1, err
     assert "train-00000.bin: 3000 bytes found" in err and "cut off after the run began" in err
     assert newest(tmp_path / "a")[1]["step"] >= 5
 
