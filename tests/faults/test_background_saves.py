@@ -43,7 +43,7 @@ ONCE = (
     + """
 import trainer
 save = trainer.save_step
-trainer.save_step = lambda run, *a: save(run, *a) if run.step <= 6 else None
+trainer.save_step = lambda run, *a, **k: save(run, *a, **k) if run.step <= 6 else None
 """
 )
 
