@@ -3,15 +3,18 @@
 A step of one rank is as long as that of the slowest, so what is compared is each rank's own time:
 waiting for data, and computing until gradients first meet. Under ddp and in align that is all but
 the last backward and the update; under FSDP2 all ranks wait for one another in every block, and
-only data can be told apart. Check: `pytest tests/faults/test_stragglers.py`.
+only data can be told apart. And `quiet_gc`, for steps of one length.
+Check: `pytest tests/faults/test_stragglers.py`.
 """
 
 from __future__ import annotations
 
+import gc
 import platform
 import time
 from collections import deque
 from collections.abc import Callable
+from contextlib import contextmanager
 from statistics import median, median_low
 
 import torch
@@ -119,3 +122,19 @@ def slowest(ranks: list[tuple[float, float, float]]) -> tuple[int, str] | None:
         f"holds up the others, in {names[cause]}: {1e3 * ranks[rank][cause]:.3g} ms a step, where "
         f"the median of the ranks is {1e3 * usual[cause]:.3g} ms and a step takes {1e3 * step:.3g}"
     )
+
+
+@contextmanager
+def quiet_gc():
+    """Python's garbage collector off: a full collection, which may come at any moment, stops the
+    host for tens of milliseconds. What exists by now is never looked at again."""
+    enabled = gc.isenabled()
+    gc.collect()
+    gc.freeze()
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
+        if enabled:
+            gc.enable()

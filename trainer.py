@@ -45,7 +45,7 @@ from ops import warm
 from ops.kernels import PACKAGES
 from optimizer import OptimizerSet, StepGuard, build_optimizer, lr_factor
 from order import Order
-from pace import Pace
+from pace import Pace, quiet_gc
 from stage_plan import StagePlan
 from step_log import StepLog, flop_rates
 from watchdog import Watchdog
@@ -425,22 +425,6 @@ def stopped_line(run: Run, number: int) -> str:
     if not run.cfg.save_model:
         left = "nothing is saved (--save_model=False)"
     return f"stopped by {signal.Signals(number).name} after step {run.step}: {left}"
-
-
-@contextmanager
-def quiet_gc():
-    """Python's garbage collector off: a full collection, which may come at any moment, stops the
-    host for tens of milliseconds. What exists by now is never looked at again."""
-    enabled = gc.isenabled()
-    gc.collect()
-    gc.freeze()
-    gc.disable()
-    try:
-        yield
-    finally:
-        gc.unfreeze()
-        if enabled:
-            gc.enable()
 
 
 @contextmanager

@@ -23,10 +23,10 @@ from config import DistillConfig
 from distributed import StopSignals, World
 from hf import load_model, read_config
 from mixture import open_corpora
+from pace import quiet_gc
 from student import calibration_loader
 from tokenizer import load_tokenizer
 from train_kd import Samples
-from trainer import quiet_gc
 
 
 def kd_flags(teacher, data, out, run, *more):
