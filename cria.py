@@ -58,8 +58,8 @@ from cria_job import (
 from data import PackedLoader
 from distributed import all_have_done, compile_blocks, tell_failure
 from evaluate import inputs
-from hf import require_tied, stock_type, write_folder
-from hf_files import our_name, read_weights
+from hf import stock_type, write_folder
+from hf_files import our_name, read_weights, require_tied
 from hybrid_layers import (
     check_transfer,
     convert_layers,

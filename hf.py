@@ -8,7 +8,7 @@ Reads llama, qwen2, qwen3 (single or indexed safetensors, config spelling of tra
 the hybrids qwen3_5_text and bamba, and our own `retort` format, which holds every model. Plain
 models are written as the stock class they fit, everything else as `retort`, which stock libraries
 cannot load, unless a format is named; `scripts/export.py` names one and checks the result.
-Check: `pytest tests/test_hf.py tests/test_export.py`.
+Check: `pytest tests/test_hf.py tests/test_hf_files.py tests/test_export.py`.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ from hf_files import (
     our_name,
     read_json,
     read_weights,
+    require_tied,
     weight_files,
     write_weights,
 )
@@ -288,13 +289,6 @@ def _fitting(
     if "lm_head.weight" in set(found) - set(names):
         require_tied(folder, read)
     return names
-
-
-def require_tied(folder: str | Path, read: Callable[[str], Tensor]) -> None:
-    """UserError where the head that is stored beside a tied embedding is another one."""
-    head, tied = "lm_head.weight", "embed_tokens.weight"
-    if not torch.equal(read(head), read(tied)):
-        raise UserError(f"{folder}: {head} differs from {tied}, tie_word_embeddings false expected")
 
 
 # ---- which format holds which model

@@ -1,7 +1,7 @@
 """The files of a Hugging Face folder: JSON, and safetensors whose keys are our names but for a
 prefix.
 
-What their contents mean is in hf.py. Check: `pytest tests/test_hf.py`.
+What their contents mean is in hf.py. Check: `pytest tests/test_hf.py tests/test_hf_files.py`.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import torch
 import xxhash
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -39,6 +40,13 @@ def listed_ends(source: Path, eos: int | None) -> list[int]:
     found = read_json(path).get("eos_token_id") if path.is_file() else None
     others = found if isinstance(found, list) and eos in found else []
     return list(dict.fromkeys([eos, *others]))
+
+
+def require_tied(folder: str | Path, read: Callable[[str], Tensor]) -> None:
+    """UserError where the head that is stored beside a tied embedding is another one."""
+    head, tied = "lm_head.weight", "embed_tokens.weight"
+    if not torch.equal(read(head), read(tied)):
+        raise UserError(f"{folder}: {head} differs from {tied}, tie_word_embeddings false expected")
 
 
 def our_name(key: str) -> str:

@@ -4,7 +4,7 @@
     train_stage(run, plan, objective, ...)                          one stage to its end
 
 What a step's gradients are is the business of an objective (objectives.py).
-Check: `pytest tests/test_runs.py`.
+Check: `pytest tests/test_runs.py tests/test_resume.py`.
 """
 
 from __future__ import annotations
