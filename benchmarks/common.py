@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch.profiler import profile, schedule
 
@@ -17,6 +18,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from metrics import git_commit
 from scripts.profile_table import read_events, show, summarise
+from shard_writer import ShardWriter
+from tokenizer import load_tokenizer
 
 
 def clock(work: Callable, device: str, repeats: int) -> float:
@@ -78,3 +81,12 @@ def about(args, script: str) -> dict:
         "command": f"python benchmarks/{script}.py " + " ".join(sys.argv[1:]),
         **{name: value for name, value in vars(args).items() if name not in skip},
     }  # fmt: skip
+
+
+def random_data(folder: str, tokenizer: str, tokens: int) -> None:
+    """Shards of documents of random bytes, at least `tokens` for training."""
+    rng = np.random.default_rng(0)
+    for split, count in (("train", tokens), ("val", 100_000)):
+        with ShardWriter(folder, split, load_tokenizer(tokenizer)) as writer:
+            for length in rng.lognormal(np.log(400), 1.0, count // 600).astype(int) + 1:
+                writer.add(rng.integers(0, 256, length))

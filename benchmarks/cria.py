@@ -7,6 +7,7 @@ train     align of one block from saved inputs against the same steps with the b
           what the loader costs. Rows of the table are tokens per second.
 
 --shape: a teacher of that shape with random weights, for which --teacher lends its tokenizer.
+`--data random`: as many bytes as --tokens, where the modules of Python are too few.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import cria
-from benchmarks.common import about
+from benchmarks.common import about, random_data
 from benchmarks.decode import SHAPES
 from cli import load_config, parse_argv
 from config import DistillConfig, ModelConfig
@@ -158,8 +159,12 @@ def main() -> None:
             model = Transformer(ModelConfig(**SHAPES[args.shape]))
             model.init_weights()
             save_model(model, teacher, tokenizer_from=args.teacher, dtype=torch.bfloat16)
+        data = args.data
+        if data == "random":
+            data = f"{folder}/data"
+            random_data(data, args.teacher, args.tokens)
         flags = [
-            f"--teacher={teacher}", f"--data={args.data}", f"--mixer={args.mixer}",
+            f"--teacher={teacher}", f"--data={data}", f"--mixer={args.mixer}",
             f"--cria={args.cria}", "--layers=all", "--stages=align", "--run_name=bench",
             f"--align_tokens={args.tokens}", f"--context_len={args.seq_len}",
             "--align_unique_tokens=0", f"--save_model_dir={folder}", "--calibrate_tokens=0",

@@ -14,7 +14,8 @@ Muon's less AdamW's is what Muon's exchange of matrices costs beyond the gradien
 --parity one rank also takes the batch of more, micro-batch by micro-batch: `loss off` is the
 largest distance of a step's loss from that run's, as a share of the first step's. Without --teacher
 its weights are random, and without --data so are the bytes; neither matters to speed, but a
-vocabulary of bytes makes the head of `pretrain` small. Medians over the steps after `--warmup`;
+vocabulary of bytes makes the head of `pretrain` small. `--parallel torch` is `ddp` with PyTorch's
+own DistributedDataParallel (torch_ddp.py). Medians over the steps after `--warmup`;
 memory is rank 0's.
 """
 
@@ -34,12 +35,11 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import numpy as np
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks.common import about
+from benchmarks.common import about, random_data
 from benchmarks.decode import SHAPES
 from config import ModelConfig
 from hf import read_config, save_model
@@ -47,7 +47,6 @@ from metrics import console_table
 from model import Transformer
 from scripts.profile_table import read_events, summarise
 from scripts.profile_table import show as show_profile
-from shard_writer import ShardWriter
 from tokenizer import load_tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -57,11 +56,8 @@ SPEEDS = ("tok/s", "time_per_step", "useful_tflops")
 def random_inputs(args, folder: Path) -> None:
     """A teacher and a data set in `folder` for those that were not given."""
     if not args.data:
-        args.data, rng = str(folder / "data"), np.random.default_rng(0)
-        for split, tokens in (("train", args.tokens), ("val", 100_000)):
-            with ShardWriter(args.data, split, load_tokenizer(args.tokenizer)) as writer:
-                for length in rng.lognormal(np.log(400), 1.0, tokens // 600).astype(int) + 1:
-                    writer.add(rng.integers(0, 256, length))
+        args.data = str(folder / "data")
+        random_data(args.data, args.tokenizer, args.tokens)
     if not args.teacher:
         args.teacher = str(folder / "teacher")
         torch.manual_seed(0)
@@ -100,7 +96,8 @@ def command(
     flags = [
         f"--data={args.data}", f"--max_steps={args.warmup + args.steps}", "--run_name=run",
         f"--save_model_dir={folder}", "--save_model=False", "--sample_tokens=0",
-        "--eval_tokens=8192", f"--parallel={parallel}", f"--device={args.device}",
+        "--eval_tokens=8192", f"--device={args.device}",
+        f"--parallel={'ddp' if parallel == 'torch' else parallel}",
         f"--profile={args.profile and ranks > 1}",
     ]  # fmt: skip
     if works == ("pretrain",):
@@ -122,6 +119,7 @@ def command(
         flags += [f"--teacher={args.teacher}", "--layers=3:1", f"--stages={','.join(works)}"]
         flags += ["--calibrate_tokens=2048", "--distill_train=all", "--eval_every=0"]
     launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
+    launch += ["benchmarks/torch_ddp.py"] * (parallel == "torch")
     return [sys.executable, *launch, script, *flags, *args.flags]
 
 
@@ -242,7 +240,8 @@ def main(argv: list[str] | None = None) -> None:
                         choices=["pretrain", "align", "distill"])  # fmt: skip
     parser.add_argument("--optimizers", nargs="+", default=["adamw", "muon"],
                         choices=["adamw", "muon"])  # fmt: skip
-    parser.add_argument("--parallel", nargs="+", default=["ddp", "fsdp"], choices=["ddp", "fsdp"])
+    parser.add_argument("--parallel", nargs="+", default=["ddp", "fsdp"],
+                        choices=["ddp", "fsdp", "torch"])  # fmt: skip
     parser.add_argument("--ranks", nargs="+", type=int, default=[1, 2])
     parser.add_argument("--teacher", default="", help="a folder; empty = --shape, random weights")
     parser.add_argument("--shape", default="smollm2-135m", choices=SHAPES)
