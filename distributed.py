@@ -1,6 +1,6 @@
-"""Ranks and devices: process groups, gradients outside a backward, per-block compile, signals.
+"""Ranks and devices: process groups, DDP, gradients outside a backward, per-block compile, signals.
 
-FSDP2 is in fsdp.py, sums during a backward in gradient_sums.py.
+FSDP2 is in fsdp.py.
 Check: `pytest tests/test_runs.py tests/faults`.
 """
 
@@ -412,6 +412,26 @@ def broadcast(params: Iterable[Tensor], world: World) -> None:
     if world.size > 1:
         for p in params:
             dist.broadcast(p, src=0)
+
+
+class _Parameters(nn.Module):
+    def __init__(self, params: Iterable[nn.Parameter]):
+        super().__init__()
+        for i, p in enumerate(params):
+            self.register_parameter(str(i), p)
+
+    def forward(self) -> None:
+        pass
+
+
+def data_parallel(params: Iterable[nn.Parameter]) -> nn.parallel.DistributedDataParallel:
+    """DistributedDataParallel of parameters that are used elsewhere: call it, without arguments,
+    right before a step's last backward, which then makes every .grad its mean over ranks.
+
+    The model is not inside, since torch.compile would cut blocks that run there at the ends of
+    DDP's messages, and not every backward is of its forward. All ranks begin with rank 0's values.
+    The backward has to reach every parameter (RuntimeError in the next step)."""
+    return nn.parallel.DistributedDataParallel(_Parameters(params), gradient_as_bucket_view=True)
 
 
 def sum_gradients(params: Iterable[nn.Parameter], world: World) -> None:

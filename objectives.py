@@ -15,10 +15,9 @@ from torch import Tensor, nn
 
 from config import StageConfig
 from data import Batch
-from distributed import World, sum_gradients
+from distributed import World, data_parallel, sum_gradients
 from evaluate import inputs
 from fsdp import average_whole_gradients, whole_part
-from gradient_sums import GradientSums
 from hybrid_layers import mixer_parameters
 from layers import SeqInfo
 from lora import lora_parameters
@@ -123,9 +122,9 @@ class HeadObjective:
         self.params = {n: p for n, p in student.named_parameters() if p.requires_grad}
         self.saved = self.params | mixers | lora_parameters(student)
         self.module = HeadLoss(student, teacher, stage, first, unit_grad=world.size == 1)
-        self.sharded, self.gradient_sums = is_fsdp(student), None
+        self.sharded, self.ddp = is_fsdp(student), None
         if world.size > 1 and not self.sharded:
-            self.gradient_sums = GradientSums(self.params.values(), world)
+            self.ddp = data_parallel(self.params.values())
         self.names = ("ce",)
         if teacher is not None and stage.kd_weight:
             self.names = ("kl", "ce") if stage.ce_weight else ("kl",)
@@ -141,21 +140,19 @@ class HeadObjective:
         rank's share of the sums: add them over ranks. Up to its call of `alone_until`, which never
         comes under FSDP2, a rank does not wait for others."""
         sums: dict[str, Tensor] = {}
-        scale = self.world.size if self.sharded else 1  # FSDP2 takes the mean over ranks
+        scale = self.world.size  # DDP and FSDP2 take means over ranks
         for i, batch in enumerate(batches):
             out = self.module(batch, count)
             if not self.sharded and i + 1 == len(batches):
                 alone_until()
-                if self.gradient_sums is not None:
-                    self.gradient_sums.begin()
+                if self.ddp is not None:
+                    self.ddp()
             (out.loss * scale if scale > 1 else out.loss).backward()
             parts = {"loss": out.loss.detach(), "kl": out.kd / count, "ce": out.ce / count}
             for name in ("loss", *self.names):
                 sums[name] = sums.get(name, 0) + parts[name]
         if self.sharded:
             average_whole_gradients(self.params.values(), self.world)
-        elif self.gradient_sums is not None:
-            self.gradient_sums.end()
         return sums
 
     def clip(self, max_norm: float) -> Tensor:

@@ -14,8 +14,7 @@ Muon's less AdamW's is what Muon's exchange of matrices costs beyond the gradien
 --parity one rank also takes the batch of more, micro-batch by micro-batch: `loss off` is the
 largest distance of a step's loss from that run's, as a share of the first step's. Without --teacher
 its weights are random, and without --data so are the bytes; neither matters to speed, but a
-vocabulary of bytes makes the head of `pretrain` small. `--parallel torch` is `ddp` with PyTorch's
-own DistributedDataParallel (torch_ddp.py). Medians over the steps after `--warmup`;
+vocabulary of bytes makes the head of `pretrain` small. Medians over the steps after `--warmup`;
 memory is rank 0's.
 """
 
@@ -96,8 +95,7 @@ def command(
     flags = [
         f"--data={args.data}", f"--max_steps={args.warmup + args.steps}", "--run_name=run",
         f"--save_model_dir={folder}", "--save_model=False", "--sample_tokens=0",
-        "--eval_tokens=8192", f"--device={args.device}",
-        f"--parallel={'ddp' if parallel == 'torch' else parallel}",
+        "--eval_tokens=8192", f"--parallel={parallel}", f"--device={args.device}",
         f"--profile={args.profile and ranks > 1}",
     ]  # fmt: skip
     if works == ("pretrain",):
@@ -119,7 +117,6 @@ def command(
         flags += [f"--teacher={args.teacher}", "--layers=3:1", f"--stages={','.join(works)}"]
         flags += ["--calibrate_tokens=2048", "--distill_train=all", "--eval_every=0"]
     launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
-    launch += ["benchmarks/torch_ddp.py"] * (parallel == "torch")
     return [sys.executable, *launch, script, *flags, *args.flags]
 
 
@@ -240,8 +237,7 @@ def main(argv: list[str] | None = None) -> None:
                         choices=["pretrain", "align", "distill"])  # fmt: skip
     parser.add_argument("--optimizers", nargs="+", default=["adamw", "muon"],
                         choices=["adamw", "muon"])  # fmt: skip
-    parser.add_argument("--parallel", nargs="+", default=["ddp", "fsdp"],
-                        choices=["ddp", "fsdp", "torch"])  # fmt: skip
+    parser.add_argument("--parallel", nargs="+", default=["ddp", "fsdp"], choices=["ddp", "fsdp"])
     parser.add_argument("--ranks", nargs="+", type=int, default=[1, 2])
     parser.add_argument("--teacher", default="", help="a folder; empty = --shape, random weights")
     parser.add_argument("--shape", default="smollm2-135m", choices=SHAPES)

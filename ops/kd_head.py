@@ -394,7 +394,7 @@ def kd_head(
     unit_grad: the caller promises to run backward on `loss` itself, nothing multiplied to it.
     Then the gradients are not scaled again, and with Triton a weight that has a float32 .grad
     gets its share there during the forward, and none from the backward: not where hooks wait for
-    it (`gradient_sums.py`).
+    it (DDP).
 
     Raises ValueError for an unknown loss, impossible settings, shapes or dtypes that do not fit,
     and (CPU only) a label outside the common vocabulary; on other devices, where looking would

@@ -341,8 +341,8 @@ def test_a_shared_trunk_changes_nothing(teacher, data):
 
 @pytest.mark.parametrize("size", [1, 2])
 def test_the_head_adds_to_grad_by_itself_on_one_rank_only(teacher, monkeypatch, size):
-    """Sums over ranks wait for a gradient of every parameter from the backward."""
-    monkeypatch.setattr(objectives, "GradientSums", lambda params, world: None)
+    """DDP waits for a gradient of every parameter from the backward."""
+    monkeypatch.setattr(objectives, "data_parallel", lambda params: None)
     world = World(0, size, torch.device("cpu"))
     objective = HeadObjective(make_student(teacher), teacher, StageConfig(), world, LAYERS)
     assert objective.module.unit_grad == (size == 1)

@@ -227,6 +227,10 @@ def test_fsdp_cuts_what_it_cuts():
     for part in ("teacher", "student", "gradients", "optimizer state"):
         assert one[part] / 8 < eight[part] < 1.02 * one[part] / 8
         assert one[part] / 4 < four[part] < 1.02 * one[part] / 4
+    held = "messages of gradients"  # between steps, by DDP, while micro-batches add up elsewhere
+    assert one[held] == one["gradients"] and not {held} & (eight.keys() | memory().keys())
+    once = memory("--parallel=ddp", "--distill_batch_tokens=32768", device="8xH100")
+    assert held not in once
     assert eight["gathered blocks"] > 0 and "gathered blocks" not in one
     kept = memory("--parallel=fsdp", "--reshard_after_forward=never", device="8xH100")
     more = kept["gathered blocks"] - eight["gathered blocks"]
