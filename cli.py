@@ -47,9 +47,9 @@ def _coerce(flag: str, text, annotation, meta):
             value = {"true": True, "1": True, "yes": True, "false": False, "0": False,
                      "no": False}[raw.lower()]  # fmt: skip
         elif annotation is int:
-            number = float(raw.replace("_", ""))
-            value = int(raw.replace("_", "")) if raw.lstrip("+-").isdigit() else int(number)
-            if value != number:
+            digits = raw.replace("_", "")
+            value = int(digits if digits.lstrip("+-").isdigit() else float(digits))
+            if not digits.lstrip("+-").isdigit() and value != float(digits):
                 raise ValueError
         elif annotation is float:
             value = float(raw)
@@ -188,6 +188,10 @@ def load_config(cls, flags: dict[str, str], preset: str | Path | None):
                 raise UserError(f"--{flag}: found without --{group}_use_muon")
             if group == "lora" and all(getattr(cfg, s).train != "lora" for s in cfg.stage_names()):
                 raise UserError(f"--{flag}: found, but no stage of --stages trains lora")
+            if group == "long" and "long" not in cfg.stage_names():
+                raise UserError(f"--{flag}: found, but --stages {cfg.stages} has no long")
+            if name == "tokens" and group in STAGES and level.get("epochs") == 2:
+                raise UserError(f"--{flag}: found with --epochs, which says how long stages are")
             if group == "search" and auto_share(cfg.layers) is None:
                 raise UserError(f"--{flag}: found with --layers {cfg.layers}, auto:SHARE expected")
     elif level.get("muon_lr") == 2 and not cfg.use_muon:

@@ -326,7 +326,7 @@ class TrainConfig:
     accumulation_steps: int = opt(
         0, "micro-batches per step over all ranks; 0 = 8 (train.py), as needed (train_kd.py)", low=0
     )
-    seed: int = opt(0, "seed of weights and data order", low=0)
+    seed: int = opt(0, "seed of weights and data order", low=0, high=2**32 - 1)
     device: str = opt("auto", "where to compute", choices=("auto", "cpu", "cuda", "mps"))
     dtype: str = opt("auto", "compute type; auto = bfloat16 where the hardware has it",
                      choices=("auto", "bfloat16", "float32"))  # fmt: skip
@@ -460,7 +460,8 @@ class DistillConfig(TrainConfig):
     cria_resident: int = opt(0, "collect: the teacher's blocks in memory at once, and those "
                              "between that are not distilled; 0 = all", low=0)  # fmt: skip
     share_trunk: str = opt("auto", "one copy of the frozen trunk for teacher and student; "
-                           "auto = when only mixers train", choices=("auto", "false"))  # fmt: skip
+                           "auto = where no stage trains all, without --student and fsdp",
+                           choices=("auto", "false"))  # fmt: skip
     teacher_float8: bool = opt(False, "distill and long: the teacher's matmuls in float8")
     trunk_dtype: str = opt("float32", "of the matrices outside the mixers, their gradients and "
                            "optimizer state", choices=("float32", "bfloat16"))  # fmt: skip

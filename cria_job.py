@@ -21,11 +21,12 @@ from hybrid_layers import resolve_kernels, use_kernels
 from layer_lists import auto_share
 from mixture import Mixture
 from model import Block, Transformer
+from run_folder import check_run_folder, run_folder, take_folder
 from shard_writer import write_file
 from stage_plan import StagePlan, plan_stage, set_length
 from student import preflight, run_identity
 from tokenizer import load_tokenizer
-from trainer import check_run_folder, open_data, run_folder, same_identity, set_up_torch
+from trainer import open_data, same_identity, set_up_torch
 
 
 class Cria(Transformer):
@@ -174,7 +175,7 @@ def prepare(cfg: DistillConfig, argv: list[str]) -> Job:
     if not cfg.run:
         if this_process(cfg.device).size > 1:
             raise UserError("--run: none found; --cria under torchrun needs --run_name NAME")
-        cfg = dataclasses.replace(cfg, run=run_folder(cfg, "train_kd").name)
+        cfg = dataclasses.replace(cfg, run=take_folder(cfg, "train_kd").name)
     if not (run_folder(cfg, "") / "cria" / "cria.json").exists():
         check_run_folder(dataclasses.replace(cfg, resume="never"))  # another run's
     cfg = dataclasses.replace(cfg, resume="auto")

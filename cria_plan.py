@@ -38,9 +38,9 @@ from planner import (
     total_flops,
 )
 from room import Saves, tokenizer_bytes
+from run_folder import run_folder
 from stage_plan import StagePlan, plan_stage
 from student import preflight, shares_trunk
-from trainer import run_folder
 
 SIDECAR_BYTES = 250  # of a .json
 # Parts of the disk: checkpoints of blocks go before there is a student or what comes after it.

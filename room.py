@@ -15,7 +15,7 @@ import torch
 import checkpoint
 from config import TrainConfig, UserError
 from hf import TOKENIZER_FILES
-from trainer import run_folder
+from run_folder import run_folder
 
 STATE_BYTES = 32_000  # of a checkpoint's state.json and manifest.json: mostly random generators
 RUN_BYTES = 12_000  # of a run's config.yaml, table.json and the rest

@@ -29,13 +29,15 @@ from layer_lists import auto_share, parse_layers
 from layers import Attention
 from lora import FLAGS as LORA_FLAGS
 from lora import adapters_alone, check_lora, is_lora, wants_lora
+from mixers.base import LinearMixer
 from mixture import Mixture
 from model import Transformer
 from optimizer import param_role
+from run_folder import check_run_folder
 from search import uniform_pattern
 from stage_plan import StagePlan
 from tokenizer import load_tokenizer
-from trainer import Run, check_run_folder
+from trainer import Run
 
 # What of a mixer a stage with train=feature_maps trains (LoLCATs, arXiv 2410.10254).
 FEATURE_PARTS = {"feature_map_q", "feature_map_k", "window_factors"}
@@ -260,15 +262,12 @@ def build_models(
 ) -> tuple[Transformer, Transformer, Transformer, bool]:  # fmt: skip
     """(teacher, source, student, shared): the frozen teacher in the compute type, the model whose
     layers were converted (the teacher, or --student as it was), and the student, whose trunk is
-    the teacher's own where it stays frozen (`shares_trunk`), else a copy in --trunk_dtype; in the
-    compute type where adapters alone are trained. Under
+    the teacher's own where it stays frozen (`shares_trunk`), else a copy in --trunk_dtype. Under
     FSDP2, with a --student that needs no conversion, both are shapes alone, on the meta device:
     no rank has room for more than its pieces (`fsdp.shard`)."""
     if fsdp and cfg.student and not convert:
         teacher = load_shape(cfg.teacher, dtype).eval().requires_grad_(False)
         student = load_shape(cfg.student, torch.float32).train()
-        if adapters_alone(cfg):
-            narrow(student, dtype)
         return teacher, student, student, False
     teacher = load_model(cfg.teacher, dtype=dtype, device=world.device)
     teacher.eval().requires_grad_(False)
@@ -285,15 +284,24 @@ def build_models(
             student = convert_layers(
                 source, layers, mixer=cfg.mixer, transfer=cfg.transfer, **mixer_shape(cfg)
             )
+    if convert:
+        check_parts(student, layers, cfg)
     if convert and cfg.aligned:
         copy_mixers(student, load_model(cfg.aligned, device=world.device), layers)
     if cfg.trunk_dtype == "bfloat16" and dtype == torch.float32:
         raise UserError("--trunk_dtype: bfloat16 found, float32 expected, as the compute type is")
     if cfg.trunk_dtype != "float32" and not shared:
         cast_trunk(student, layers, DTYPES[cfg.trunk_dtype])
-    if adapters_alone(cfg):
-        narrow(student, dtype)
     return teacher, source, student.train(), shared
+
+
+def check_parts(student: Transformer, layers: list[int], cfg: DistillConfig) -> None:
+    """UserError where --transfer_... leaves out what no mixer takes over."""
+    mixers = [student.layers[i].attention for i in layers]
+    had = {part for m in mixers if isinstance(m, LinearMixer) for part in m.can_leave_out()}
+    for part in ("conv", "gate", "beta"):
+        if not getattr(cfg.transfer, part) and part not in had:
+            raise UserError(f"--transfer_{part}: false found, but --mixer {cfg.mixer} sets none")
 
 
 def to_save(
@@ -373,9 +381,10 @@ def calibrate(
 def set_trainable(student: Transformer, stage: StageConfig, layers: list[int]) -> None:
     """Which parameters the stage trains, none that its loss does not depend on."""
     mixers = mixer_parameters(student, layers)
-    idle = (
-        set() if stage.hidden_weight else {"o_proj"} if stage.heads_weight else {"o_proj", "v_proj"}
-    )
+    idle = set()
+    if not stage.hidden_weight:
+        idle = {student.layers[i].attention.projections["o"] for i in layers}
+        idle |= set() if stage.heads_weight else {"v_proj"}
     parts = {
         "all": lambda name: not is_lora(name), "lora": is_lora,
         "mixers": lambda name: name in mixers,

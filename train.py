@@ -40,10 +40,10 @@ from objectives import HeadObjective
 from prompts import IN_RUN, PROMPTS
 from recompute import set_recompute
 from retokenize import Retokenizer
+from run_folder import check_run_folder
 from stage_plan import plan_stage
 from tokenizer import load_tokenizer
 from trainer import (
-    check_run_folder,
     compile_wanted,
     finish,
     go_on,

@@ -47,7 +47,7 @@ from hybrid_layers import (
 )
 from layer_lists import auto_share
 from layers import attention_kernel
-from lora import add_lora, lora_parameters, merge_lora, wants_lora
+from lora import adapters_alone, add_lora, lora_parameters, merge_lora, wants_lora
 from metrics import trim_rows
 from mixture import rows_line
 from model import Transformer, is_fsdp
@@ -58,7 +58,15 @@ from recompute import set_recompute
 from search import FILE, check_text, choose_layers, pattern_table, read_choice, write_choice
 from shard_writer import write_file
 from stage_plan import plan_stage, set_length
-from student import build_models, calibrate, preflight, run_identity, set_trainable, to_save
+from student import (
+    build_models,
+    calibrate,
+    narrow,
+    preflight,
+    run_identity,
+    set_trainable,
+    to_save,
+)
 from tokenizer import load_tokenizer
 from trainer import (
     Run,
@@ -139,6 +147,8 @@ def distil(cfg: DistillConfig, argv: list[str]) -> None:
     planner.check_disk(cfg, planner.distillation(cfg, layers, shape, convert, full=False))
     tokenizer = load_tokenizer(spec)
     names = cfg.stage_names()
+    for name in names if not layers else ():
+        getattr(cfg, name).mixer_lr = 0.0  # there are none
     world = this_process(cfg.device)
     fsdp = wants_fsdp(cfg, world, shape)
     kernels = resolve_kernels(shape, cfg.kernel, world.device, cfg.dtype)
@@ -162,6 +172,11 @@ def distil(cfg: DistillConfig, argv: list[str]) -> None:
         check_text(cfg.search, val_data, tokenizer, cfg.seed)
     for plan in plans:
         set_length(plan, cfg, train_data)
+    seq_len = cfg.eval_seq_len or plans[-1].stage.seq_len
+    held_out = eval_batches(
+        val_data, seq_len=seq_len, max_tokens=cfg.eval_tokens, doc_mask=cfg.doc_mask,
+        micro_batch=eval_rows(seq_len, world.device),
+    )  # fmt: skip
     teacher, source, student, shared = build_models(cfg, layers, convert, world, dtype, fsdp)
     kernel_line = use_kernels(student, kernels, world.device)
     use_kernels(
@@ -191,6 +206,8 @@ def distil(cfg: DistillConfig, argv: list[str]) -> None:
         # The fits round differently on different devices.
         broadcast(mixer_parameters(student, layers).values(), world)
     del source
+    if adapters_alone(cfg):  # not before the mixers are calibrated
+        narrow(student, dtype)
     adapters = wants_lora(cfg)
     if adapters:
         add_lora(student, cfg)
@@ -209,11 +226,6 @@ def distil(cfg: DistillConfig, argv: list[str]) -> None:
             shard(model, world, folder=folder, **how)
 
     table = Table(run)
-    seq_len = cfg.eval_seq_len or plans[-1].stage.seq_len
-    held_out = eval_batches(
-        val_data, seq_len=seq_len, max_tokens=cfg.eval_tokens, doc_mask=cfg.doc_mask,
-        micro_batch=eval_rows(seq_len, world.device),
-    )  # fmt: skip
     first = min(layers) if shared and not adapters else 0
     evaluator = Evaluator(held_out, teacher, amp=run.amp, first=first, world=world)
     if not table.has("teacher"):
@@ -319,7 +331,7 @@ def describe(
     )
     say(f"data: {train_data.num_tokens:,} tokens of {data}")
     softmax = attention_kernel(
-        world.device, run.dtype, packed=cfg.doc_mask, sink=False,
+        world.device, run.dtype, packed=cfg.doc_mask, sink=teacher.config.attention_sink,
         compiled=compile_wanted(cfg, world),
     )  # fmt: skip
     say(

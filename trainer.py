@@ -12,7 +12,6 @@ from __future__ import annotations
 import gc
 import shlex
 import signal
-import time
 from collections.abc import Callable
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -46,6 +45,7 @@ from ops.kernels import PACKAGES
 from optimizer import OptimizerSet, StepGuard, build_optimizer, lr_factor
 from order import Order
 from pace import Pace, quiet_gc
+from run_folder import hold, take_folder
 from stage_plan import StagePlan
 from step_log import StepLog, flop_rates
 from watchdog import Watchdog
@@ -146,35 +146,13 @@ def warm_up(config: ModelConfig, kernels: dict[str, str], cfg: TrainConfig, worl
         start_compile_workers()
 
 
-def run_folder(cfg: TrainConfig, script: str) -> Path:
-    """runs/<run>; a run without a name is called after the script and the time."""
-    return Path(cfg.save_model_dir) / (cfg.run or f"{script}-{time.strftime('%Y%m%d-%H%M%S')}")
-
-
-def check_run_folder(cfg: TrainConfig) -> None:
-    """Refuse to mix a new run into an old one's folder, before any work."""
-    if cfg.resume not in ("never", "auto") and not Path(cfg.resume).exists():
-        raise UserError(f"--resume: no checkpoint or run {cfg.resume}; never or auto also work")
-    if cfg.resume == "auto" and not cfg.run:
-        raise UserError("--resume: auto found without --run, the name of the run to go on with")
-    folder = run_folder(cfg, "")
-    for flag, path in (("save_model_dir", Path(cfg.save_model_dir)), ("run", folder)):
-        if path.exists() and not path.is_dir():
-            raise UserError(f"--{flag}: {path} is no folder; a folder, or a new path, expected")
-    if not cfg.run or cfg.resume == "auto" or not folder.exists() or not any(folder.iterdir()):
-        return
-    resumed = Path(cfg.resume).resolve()
-    if cfg.resume == "never" or folder.resolve() not in (resumed, *resumed.parents):
-        raise UserError(f"--run: {folder} exists already; another name, or --resume auto, expected")
-
-
 def open_run(
     cfg: TrainConfig, argv: list[str], world: World, identity: dict, *, script: str,
     dtype: torch.dtype, stages: list[str],
 ) -> Run:  # fmt: skip
     """Make or reopen the run's folder, find the checkpoint to go on from, start the log. Of a dry
     run there is no folder."""
-    folder = Path(main_says(str(run_folder(cfg, script)), world))
+    folder = Path(main_says(str(take_folder(cfg, script)) if world.is_main else "", world))
     found, state = None, None
     if cfg.resume == "auto":
         found = checkpoint.find_checkpoint(
@@ -191,6 +169,8 @@ def open_run(
         check_identity(found, state, identity, stages)
         if cfg.resume not in ("auto", "never") and not cfg.run:
             folder = found.parent.parent  # go on where the checkpoint lies
+    if world.is_main and not cfg.dry_run:
+        hold(folder)
     logger = MetricsLogger(
         None if cfg.dry_run else folder, rank=world.rank, project=cfg.wandb_project,
         tracker="wandb" if cfg.wandb_enabled else cfg.tracker,
@@ -208,6 +188,8 @@ def open_run(
                 f"note: {later[-1]} and what else is of later steps stays; --resume auto would go "
                 f"on from there"
             )
+    elif cfg.resume == "auto" and not getattr(cfg, "cria", 0):  # which always says auto
+        logger.say(f"--resume auto: no checkpoint in {folder}, the run begins at step 0")
     if world.is_main and not cfg.dry_run:
         cuda = world.device.type == "cuda"
         record = {
@@ -235,7 +217,7 @@ def check_identity(path: Path, state: dict, identity: dict, stages: list[str]) -
 
 def same_identity(flag: str, path: Path, old: dict, new: dict, within: str = "") -> None:
     """UserError naming the first setting in which what `path` holds differs from this run."""
-    for key in sorted(set(old) | set(new)):
+    for key in sorted(set(old) | set(new), key=lambda key: (key != "script", key)):
         a, b = old.get(key), new.get(key)
         if a == b:
             continue
@@ -249,17 +231,29 @@ def same_identity(flag: str, path: Path, old: dict, new: dict, within: str = "")
 
 
 def go_on(run: Run, plans: list[StagePlan]) -> None:
-    """The stage that the run finished last goes on where it is longer now."""
-    for plan in plans:
-        if plan.name not in run.done or run.resumed["stage"] != plan.name:
+    """The stage that the run finished last goes on where it is longer now. UserError where the one
+    it stopped in is further already."""
+    for plan in plans if run.resumed else ():
+        if run.resumed["stage"] != plan.name:
             continue
-        had = run.resumed["stage_step"]
-        if had < plan.steps:
+        had, planned = run.resumed["stage_step"], run.resumed.get("steps", plan.steps)
+        if plan.name in run.done:
+            if had >= plan.steps:
+                continue
             run.done.remove(plan.name)
-            run.logger.say(
-                f"note: {plan.name} had ended with step {had:,} and goes on to {plan.steps:,}, its "
-                f"learning rate from there as if that had been its length"
+            found = f"had ended with step {had:,} and goes on to {plan.steps:,}"
+        elif had > plan.steps:
+            raise UserError(
+                f"--resume: {run.resumed_from} has {had:,} steps of {plan.name}, this run "
+                f"{plan.steps:,}; as many or more expected"
             )
+        elif planned != plan.steps:
+            found = f"was to have {planned:,} steps and has {plan.steps:,} now"
+        else:
+            continue
+        run.logger.say(
+            f"note: {plan.name} {found}, its learning rate from here as if that had been its length"
+        )
 
 
 def _before(stage: str) -> list[str]:
@@ -267,7 +261,7 @@ def _before(stage: str) -> list[str]:
 
 
 def _short(value) -> str:
-    text = str(value)
+    text = str(value) or "none"
     return text if len(text) <= 60 else text[:57] + "..."
 
 
@@ -299,7 +293,7 @@ def save_step(
     state = {
         "step": run.step, "stage": plan.name, "stage_step": step, "done": done,
         "identity": run.identity, "loader": loader.state_dict(), "rng": checkpoint.rng_state(),
-        "guard": guard.state_dict(), "stopped": stopped,
+        "guard": guard.state_dict(), "stopped": stopped, "steps": plan.steps,
     }  # fmt: skip
     saver.save(run.folder, run.step, tensors, state, keep=run.cfg.keep_checkpoints)
 

@@ -9,6 +9,7 @@ Shapes: B batch, T time, d hidden size, H query/key heads, J value heads, K key 
 
 from __future__ import annotations
 
+import functools
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
@@ -243,18 +244,23 @@ class LinearMixer(nn.Module, ABC):
                 my_bias.copy_(rows[1][:, 0]) if len(rows) > 1 else my_bias.zero_()
         self.o_proj.weight.copy_(attention.o_proj.weight)
 
+    def can_leave_out(self) -> dict[str, list[Callable[[], object]]]:
+        """Of a `Transfer`'s conv, gate and beta those that this mixer has, with what makes each
+        random."""
+        gate, beta = self.gate_to_fit(), getattr(self, "b_proj", None)
+        normal = functools.partial(nn.init.normal_, std=self.init_std)
+        found = {
+            "conv": [m.init_weights for m in self.modules() if isinstance(m, ShortConvolution)],
+            "gate": [] if gate is None else [functools.partial(normal, gate[0])],
+            "beta": [] if beta is None else [functools.partial(normal, beta.weight)],
+        }
+        return {part: resets for part, resets in found.items() if resets}
+
     def _leave_out(self, parts: Transfer) -> None:
         """Make random what `parts` does not want set."""
-        if not parts.conv:
-            for m in self.modules():
-                if isinstance(m, ShortConvolution):
-                    m.init_weights()
-        gate = self.gate_to_fit()
-        if not parts.gate and gate is not None:
-            nn.init.normal_(gate[0], std=self.init_std)
-        beta = getattr(self, "b_proj", None)
-        if not parts.beta and beta is not None:
-            nn.init.normal_(beta.weight, std=self.init_std)
+        for part, resets in self.can_leave_out().items():
+            for reset in resets if not getattr(parts, part) else ():
+                reset()
 
     def small_taps(self) -> None:
         """Convolutions that pass on the present token alone, small (see QK_TAP)."""
@@ -299,8 +305,9 @@ class LinearMixer(nn.Module, ABC):
             gram = torch.einsum("njd,nid->ji", added, added)
             gram.diagonal().add_(1e-3 * gram.diagonal().mean())
             scale = torch.linalg.solve(gram, torch.einsum("njd,nd->j", added, goal))
-            # A head whose fit is nil or negative still has to be able to learn.
+            # A head whose fit is nil or negative still has to be able to learn, as all may be.
             middle = scale.clamp(min=0).mean()
+            middle = torch.where(middle > 0, middle, 1.0)
             scale = scale.clamp(0.1 * middle, 10 * middle)
             if not parts.scale:
                 scale = torch.ones_like(scale)

@@ -150,8 +150,11 @@ def test_old_flags_keep_working():
     assert stage.steps(cfg.max_steps) == 5
 
 
+LONG = "--stages=align,distill,long"
+
+
 def test_select_tokens_is_of_distill_and_long():
-    cfg = load(DistillConfig, "--select_tokens=0.6", "--long_select_tokens=0.3")
+    cfg = load(DistillConfig, "--select_tokens=0.6", "--long_select_tokens=0.3", LONG)
     stages = (cfg.align, cfg.distill, cfg.long)
     assert [stage.select_tokens for stage in stages] == [1, 0.6, 0.3]
     assert "select_tokens" not in cfg.align.identity()  # nor has it an old checkpoint
@@ -163,6 +166,7 @@ def test_a_stages_own_setting_wins_and_a_flag_over_a_preset(tmp_path):
     preset = tmp_path / "p.yaml"
     preset.write_text("distill: {seq_len: 64, micro_batch: 4, use_muon: true}\ncontext_len: 256\n")
     flags = {"context_len": "512", "long_seq_len": "2048", "accumulation_steps": "2"}
+    flags |= {"stages": "align,distill,long"}
     cfg = cli.load_config(DistillConfig, flags | {"use_muon": "false"}, preset)
     assert [s.seq_len for s in (cfg.align, cfg.distill, cfg.long)] == [512, 512, 2048]
     assert cfg.distill.micro_batch == 0 and not cfg.distill.use_muon
@@ -177,6 +181,7 @@ REFUSALS = [
     ("train_kd", ["--lr=1"], "--align_lr and --distill_lr"),
     ("train_kd", ["--max_steps=many"], "int expected"),
     ("train_kd", ["--max_steps=2.5"], "int expected"),
+    ("train_kd", ["--seed=18446744073709551616"], "at most 4294967295"),
     ("train_kd", ["--align_lr=nan"], "float expected"),
     ("train_kd", ["--align_lr=-1"], "at least 0"),
     ("train_kd", ["--doc_mask=maybe"], "true or false"),
@@ -217,8 +222,18 @@ REFUSALS = [
     ),
     (
         "train_kd",
-        [*NO_TEACHER, "--lora_rank=4", "--long_train=lora"],
+        [*NO_TEACHER, "--lora_rank=4"],
         "no stage of --stages trains lora",
+    ),
+    (
+        "train_kd",
+        [*NO_TEACHER, "--long_lr=1e-5"],
+        "--long_lr: found, but --stages align,distill has no long",
+    ),
+    (
+        "train_kd",
+        [*NO_TEACHER, "--epochs=2", "--distill_tokens=640"],
+        "--distill_tokens: found with --epochs",
     ),
     (
         "train_kd",
@@ -232,7 +247,7 @@ def test_flags_that_need_another_flag(tmp_path):
     """With it they are taken; a preset may hold them in case."""
     preset = tmp_path / "p.yaml"
     preset.write_text("distill: {muon_lr: 0.02}\nlora_rank: 4\nsearch: {window: 8}\n")
-    cfg = load(DistillConfig, "--use_muon", "--long_muon_lr=0.01", preset=preset)
+    cfg = load(DistillConfig, "--use_muon", "--long_muon_lr=0.01", LONG, preset=preset)
     assert (cfg.distill.muon_lr, cfg.long.muon_lr, cfg.lora_rank) == (0.02, 0.01, 4)
     assert load(DistillConfig, "--layers=auto:0.5", "--search_window=8").search.window == 8
     assert load(DistillConfig, "--distill_train=lora", "--lora_rank=4").lora_rank == 4

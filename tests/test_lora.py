@@ -191,6 +191,21 @@ def test_a_student_of_which_adapters_alone_are_trained(
     assert all(p.equal(resumed[name]) for name, p in done.items())
 
 
+def test_converted_in_a_run_that_trains_adapters_alone(tiny_teacher, tiny_data, tmp_path, capsys):
+    """Transfer and calibration come before all is stored in the compute type."""
+    more = (*LORA, "--stages=distill", "--dtype=bfloat16", "--save_every=10",
+            "--keep_checkpoints=9")  # fmt: skip
+    call_script("train_kd", *kd_flags(tiny_teacher, tiny_data, tmp_path, "a", *more))
+    out = capsys.readouterr().out
+    assert "transfer self-test: " in out and "calibrated on " in out
+    done = weights(tmp_path / "a" / "model")
+    assert {p.dtype for p in done.values()} == {torch.bfloat16, torch.float32}
+    at = f"--resume={tmp_path / 'a' / 'checkpoints' / 'step-10'}"
+    call_script("train_kd", *kd_flags(tiny_teacher, tiny_data, tmp_path, "b", *more, at))
+    resumed = weights(tmp_path / "b" / "model")
+    assert all(p.equal(resumed[name]) for name, p in done.items())
+
+
 LOLCATS = ("--align_hidden_weight=0", "--align_heads_weight=1000", "--align_maps_weight=1")
 
 
@@ -256,6 +271,7 @@ def test_attention_transfer_that_cannot_be_is_refused(tiny_teacher, tiny_data, t
         (("--align_maps_weight=1",), "--align_maps_weight: 1 found"),
         (("--align_maps_weight=1", "--mixer=sliding_window"), "sliding_window found"),
         (("--align_heads_weight=9",), "--transfer_scale false expected"),
+        (("--transfer_gate=False", "--mixer=kda"), "--transfer_gate: false found, but --mixer kda"),
         (("--distill_heads_weight=9",), "--distill_heads_weight: 9 found"),
         ((*LOLCATS, "--mixer=hedgehog_window", "--align_unique_tokens=0", "--parallel=fsdp"),
          "--align_maps_weight"),

@@ -305,6 +305,16 @@ def test_calibrate_lowers_the_error(name):
         assert 0.8 < F.linear(x, weight).mean() / value < 1.1
 
 
+def test_calibrate_where_no_head_helps():
+    """Scales of 0 would leave nothing to learn from."""
+    _, mixer, _ = converted("gated_deltanet")
+    x = torch.randn(1, 60, 24, generator=torch.Generator().manual_seed(0))
+    seq = tiny_model("F", dtype=torch.float32).seq_info(60)
+    with torch.no_grad():
+        mixer.calibrate(x, -mixer(x, seq), seq)
+    assert mixer.o_proj.weight.any()
+
+
 @every_linear
 def test_every_parameter_learns_after_the_transfer(name):
     """A product of two zero matrices never would."""

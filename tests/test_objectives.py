@@ -191,6 +191,16 @@ def test_padding_is_no_target(teacher, data, doc_mask):
         assert mine[0]["loss"] != rest[0]["loss"]
 
 
+@pytest.mark.parametrize("mixer", ["gated_deltanet", "mamba2"])
+def test_only_what_the_loss_depends_on_is_trained(teacher, data, mixer):
+    student = convert_layers(teacher, LAYERS, mixer=mixer).double()
+    stage = StageConfig(hidden_weight=0, heads_weight=1)
+    set_trainable(student, stage, LAYERS)
+    objective = AlignObjective(student, teacher, stage, LAYERS, ONE)
+    _, found = gradients(objective, [pack_rows(data, [0, 3], 40, True)])
+    assert found and not any("o_proj" in name or "out_proj" in name for name in found)
+
+
 def test_the_heads_are_those_before_o_proj(teacher, data):
     """1000 times the mean squared error, by hand."""
     student = convert_layers(teacher, LAYERS, linear_window=4, mixer="hedgehog_window").double()

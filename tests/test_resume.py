@@ -72,6 +72,31 @@ def test_a_finished_run_goes_on(script, tiny_teacher, tiny_data, tmp_path, capsy
     assert [json.loads(line)["step"] for line in lines if "eval/ce" in line][-4:] == [2, 4, 6, 7]
 
 
+def test_another_length_within_a_stage(refused, tiny_data, tmp_path, capsys):
+    flags = train_flags(tiny_data, tmp_path, "a", "--save_every=2", "--keep_checkpoints=9")
+    call_script("train", *flags)
+    at = f"--resume={tmp_path / 'a' / 'checkpoints' / 'step-4'}"
+    assert "has 4 steps of pretrain, this run 3;" in refused("train", *flags, at, "--max_steps=3")
+    capsys.readouterr()
+    for steps, told in ((6, False), (9, True)):
+        call_script("train", *flags, at, f"--max_steps={steps}", "--dry_run")
+        said = f"note: pretrain was to have 6 steps and has {steps} now" in capsys.readouterr().out
+        assert said == told
+
+
+def test_auto_says_that_there_is_nothing_to_go_on_from(tiny_data, tmp_path, capsys):
+    flags = train_flags(tiny_data, tmp_path, "a", "--resume=auto")
+    for told in (True, False):
+        call_script("train", *flags)
+        assert ("no checkpoint in" in capsys.readouterr().out) == told
+
+
+def test_a_checkpoint_of_the_other_script(refused, tiny_teacher, tiny_data, tmp_path):
+    call_script("train", *train_flags(tiny_data, tmp_path, "a"))
+    flags = kd_flags(tiny_teacher, tiny_data, tmp_path, "b", f"--resume={tmp_path / 'a'}")
+    assert "has script train, this run train_kd;" in refused("train_kd", *flags)
+
+
 def test_an_evaluation_that_a_signal_came_before_is_made_up_for(tiny_data, tmp_path, monkeypatch):
     flags = lambda run: train_flags(tiny_data, tmp_path, run, "--eval_every=2")  # noqa: E731
     call_script("train", *flags("whole"))

@@ -95,6 +95,16 @@ def test_a_native_student_is_taken_up_again(tiny_teacher, tiny_data, tmp_path, c
     assert rows["student after distill"]["KL"] < rows["student at start"]["KL"]
 
 
+def test_a_teacher_with_sinks_and_no_layer_to_convert(tiny_data, tmp_path, capsys):
+    call_script("train", *train_flags(tiny_data, tmp_path, "t", "--attention_sink", "--layers="))
+    flags = kd_flags(tmp_path / "t" / "model", tiny_data, tmp_path, "a", "--stages=distill")
+    more = ("--layers=", "--distill_train=all", "--distill_mixer_lr=0.5", "--distill_lr=1e-3")
+    call_script("train_kd", *flags, *more, "--distill_warmup_steps=0", "--max_steps=2")
+    out = capsys.readouterr().out
+    assert "softmax kernel math" in out.split("teacher: ")[1] and "mixers 0.5" not in out
+    assert max(metric_rows(tmp_path / "a", "lr").values()) == 1e-3
+
+
 def test_a_hybrid_teacher_is_converted_further(tiny_teacher, tiny_data, tmp_path, refused):
     call_script("train_kd", *kd_flags(tiny_teacher, tiny_data, tmp_path, "a", "--stages=align"))
     hybrid = tmp_path / "a" / "model"
@@ -196,10 +206,11 @@ def test_the_garbage_collector_rests_while_training(enabled):
         gc.enable() if was else gc.disable()
 
 
-def test_dry_run_trains_nothing(tiny_teacher, tiny_data, tmp_path, capsys):
+def test_dry_run_trains_nothing(refused, tiny_teacher, tiny_data, tmp_path, capsys):
     flags = kd_flags(tiny_teacher, tiny_data, tmp_path, "a", "--max_steps=2")
     long = ("--stages=align,long", "--long_seq_len=8192", "--long_batch_tokens=8192")
-    call_script("train_kd", *flags, *long, "--dry_run")
+    assert "(val): " in refused("train_kd", *flags, *long, "--dry_run")
+    call_script("train_kd", *flags, *long, "--eval_seq_len=64", "--dry_run")
     out = capsys.readouterr().out
     assert "dry run" in out and "note: rows of 8,192 tokens" in out
     call_script("train", *train_flags(tiny_data, tmp_path, "b", "--dry_run"))
