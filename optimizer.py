@@ -24,6 +24,7 @@ from muon import Muon, choose
 from muon_shards import cut_of, is_sharded, local, total_norms
 from ops.multi_tensor import (
     KINDS,
+    aligned,
     plain_adamw,
     scale_,
     total_norm,
@@ -115,7 +116,7 @@ class AdamW(torch.optim.AdamW):
     """torch.optim.AdamW (Loshchilov & Hutter, arXiv 1711.05101) with the same state and the same
     result, but for weights in bfloat16: their update and second moment are computed in float32 and
     rounded stochastically, or steps below 1/256 of a weight would mostly be lost. On CUDA all
-    tensors of a dtype take one launch."""
+    tensors of a dtype and alignment take one launch."""
 
     @torch.no_grad()
     def step(self, go: Tensor | None = None) -> None:
@@ -135,8 +136,9 @@ class AdamW(torch.optim.AdamW):
                     if not one[0].numel():  # FSDP2 had no row left for this rank
                         state["step"] += 1 if go is None else go
                         continue
-                    launches[p.dtype, uses_triton(one[:4], KINDS)].append(one)
-            for (_, triton), some in launches.items():
+                    triton = uses_triton(one[:4], KINDS)
+                    launches[p.dtype, triton, triton and aligned(*one[:4])].append(one)
+            for (_, triton, _), some in launches.items():
                 run = triton_adamw if triton else plain_adamw
                 run(*map(list, zip(*some, strict=True)), **settings, go=go)
 

@@ -122,6 +122,12 @@ def _table(addresses: tuple[int, ...], device: torch.device) -> Tensor:
     return _to_device(torch.tensor(addresses, dtype=torch.int64), device)
 
 
+def aligned(*tensors: Tensor) -> bool:
+    """Whether all begin at a multiple of 16 bytes. One that does not, as of DDP's gradients behind
+    one of an odd size, would take the vectors from all of its launch."""
+    return all(t.data_ptr() % 16 == 0 for t in tensors)
+
+
 def _tables(*lists: list[Tensor]) -> tuple[list[Tensor], int]:
     """The table of addresses [N] of each list, and 16 if all are multiples of 16 bytes, else the
     size of an element."""
@@ -236,10 +242,10 @@ def _launch(kernel: str, tensors: list[Tensor], other: Tensor | None = None) -> 
     return other
 
 
-def _by_dtype(tensors: list[Tensor]) -> list[list[Tensor]]:
+def _launches(tensors: list[Tensor]) -> list[list[Tensor]]:
     found = defaultdict(list)
     for t in tensors:
-        found[t.dtype].append(t)
+        found[t.dtype, aligned(t)].append(t)
     return list(found.values())
 
 
@@ -249,7 +255,7 @@ def scale_(tensors: list[Tensor], factor: Tensor) -> None:
     if not uses_triton(tensors, KINDS) or not uses_triton([factor]):
         torch._foreach_mul_(tensors, factor)
         return
-    for some in _by_dtype(tensors):
+    for some in _launches(tensors):
         _launch("scale_kernel", some, factor)
     torch.autograd.graph.increment_version(tensors)
 
@@ -257,7 +263,7 @@ def scale_(tensors: list[Tensor], factor: Tensor) -> None:
 def total_norm(tensors: list[Tensor]) -> Tensor:
     """The 2-norm [] of all elements together, in float32 (float64 where there is some)."""
     if uses_triton(tensors, KINDS):
-        found = [_launch("squares_kernel", some) for some in _by_dtype(tensors)]
+        found = [_launch("squares_kernel", some) for some in _launches(tensors)]
         return torch.cat(found).sum().sqrt()
     wide = any(t.dtype == torch.float64 for t in tensors)
     norms = torch._foreach_norm(tensors, 2, dtype=torch.float64 if wide else torch.float32)

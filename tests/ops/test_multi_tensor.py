@@ -201,6 +201,8 @@ def check_two_dtypes(device: str) -> None:
     wanted = torch.cat([x.double().flatten() for x in tensors]).norm()
     with mock.patch.object(torch, "_foreach_norm", side_effect=AssertionError):
         torch.testing.assert_close(total_norm(tensors).double(), wanted, rtol=1e-6, atol=0)
+    groups = multi_tensor._launches(tensors)
+    assert sorted(multi_tensor._tables(group)[1] for group in groups) == [2, 16, 16]
     factor = torch.tensor(0.37, device=device)
     scaled = [(x.float() * factor).to(x.dtype) for x in tensors]
     scale_(tensors, factor)
