@@ -23,7 +23,8 @@ from cache import LayerCache
 from config import ModelConfig, Transfer, UserError
 from layers import PROJECTIONS, RMSNorm, SeqInfo, ShortConvolution, last_tokens
 
-# SiLU(x) is near x / 2 for small x; the L2 norm (q, k) and the RMSNorm (v) take the scale out.
+# SiLU(x) is near x / 2 for small x. The L2 norm takes the scale of q and k out; that of v and o is
+# left to `calibrate`, as an output far below the RMSNorm's eps of 1e-5 is only scaled by it.
 QK_TAP = 0.03
 V_TAP = 0.05
 DECAY_TOKENS = (4.0, 256.0)  # e-folding times of the first and the last head

@@ -6,7 +6,8 @@
 
 with the two feature maps phi(x) = [softmax(x W), softmax(-x W)], W [K, F] per head, F = K, and
 w = `linear_window` tokens (ops/hedgehog_window.py has the equation). No gate and no norm follow:
-with a window as long as the context this is the softmax attention that it replaces. So RoPE is
+with a window as long as the context this is the softmax attention that it replaces, but for a
+sink, which it has not. So RoPE is
 always on, `linear_rope` or not, and the q/k-norms of a teacher stay norms, with their weights:
 these cannot be folded into the projections, since the mean square is taken before the weight.
 Check: `pytest tests/test_mixer_hedgehog_window.py`.
@@ -41,7 +42,7 @@ class HeadwiseMap(nn.Module):
 
     @torch.no_grad()
     def init_weights(self) -> None:
-        """The identity, as LoLCATs starts."""
+        """The identity; LoLCATs' code has it too, but its published configs start at random."""
         self.weight.copy_(torch.eye(self.weight.shape[-1]).expand_as(self.weight))
 
 
@@ -141,7 +142,7 @@ class HedgehogWindow(LinearMixer):
             self.k_norm.weight.copy_(attention.k_norm.weight)
 
     def init_transfer(self) -> None:
-        """Identity maps, gamma = 1/2 (LoLCATs' window_factors of 0)."""
+        """Identity maps, gamma = 1/2 (window_factors of 0; most of LoLCATs' configs have 1/10)."""
         self.feature_map_q.init_weights()
         self.feature_map_k.init_weights()
         nn.init.zeros_(self.window_factors)

@@ -24,7 +24,7 @@ from mixers.base import LinearMixer, at_least_float32, inverse_silu, inverse_sof
 from ops.ssd import KERNELS, step_ssd
 
 # After the transfer. Small taps keep SiLU near x / 2, but C and B have no L2 norm here to take the
-# scale out again, and below about 0.1 the output norm's eps is larger than what it should norm.
+# scale out again, and with smaller ones the output norm's eps would be all that it divides by.
 TAP = 0.1
 START_DT = 0.1  # the step size of every head
 

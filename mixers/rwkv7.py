@@ -95,7 +95,8 @@ class RWKV7(LinearMixer):
         self.g_norm = nn.GroupNorm(heads, values, eps=self.key_dim * self.eps)
 
     def init_weights(self) -> None:
-        """fla's for the first of many layers: mixtures, decays and rates spread over channels."""
+        """fla's for the first of many layers: mixtures, decays and rates spread over channels; but
+        g_norm is one and o_proj a small normal, as in the other mixers."""
         super().init_weights()
         with torch.no_grad():
             channel = torch.arange(self.hidden_size, device=self.x_r.device) / self.hidden_size
