@@ -4,9 +4,9 @@
 
 none keeps everything; full keeps a block's input only, for a third more work; selective keeps the
 outputs of attention, of fla's recurrences and of matmuls that do not double their input, and
-computes the rest again: mostly the MLP's gate and up, two thirds of what a block holds for a fifth of its
-forward's and backward's work. Nothing else changes: results are equal, to the last bit without
-torch.compile.
+computes the rest again: mostly the MLP's gate and up, two thirds of what a block holds for a fifth
+of its forward's and backward's work. Nothing else changes: results are equal, to the last bit
+without torch.compile.
 Check: `pytest tests/test_recompute.py`.
 """
 
