@@ -369,7 +369,8 @@ class TrainConfig:
     save_every: int = opt(0, "steps between checkpoints; 0 = at stage ends only", low=0)
     async_save: bool = opt(False, "write checkpoints in the background, from a copy in memory")
     keep_checkpoints: int = opt(2, "checkpoints kept", low=2)
-    resume: str = opt("never", "never, auto (newest good checkpoint of --run), or a checkpoint")
+    resume: str = opt("never", "never, auto (newest good checkpoint of --run), a run's folder, or "
+                      "a checkpoint")  # fmt: skip
     tracker: str = opt("none", "where metrics go besides the run's folder",
                        choices=("none", "wandb", "tensorboard"))  # fmt: skip
     wandb_enabled: bool = opt(False, "the same as --tracker wandb")
@@ -400,7 +401,7 @@ class PretrainConfig(TrainConfig, Recipe):
     sliding_window: int = opt(0, "window of softmax layers, tokens; 0 = full", low=0)
     attention_sink: bool = opt(False, "one learnable extra softmax logit per head")
     tie_embeddings: bool = opt(True, "head shares the embedding matrix")
-    layers: str = opt("", "layers that start linear: 10,14,20 | all | 3:1; empty = none")
+    layers: str = opt("", "layers that start linear: 10,14,20 | 0-5 | all | 3:1; empty = none")
     keep_layers: str = opt("", "the complement: layers that stay softmax")
     mixer: str = opt("gated_deltanet", "linear mixer, or one name per linear layer")
     linear_feature_map: str = opt("elu", "of the mixer linear_attention", choices=FEATURE_MAPS)
