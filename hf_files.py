@@ -21,6 +21,7 @@ from torch import Tensor
 from config import UserError
 
 SHARD_BYTES = 5 * 10**9
+PROBE_BYTES = 4096  # of a tensor, for its fingerprint
 
 
 def read_json(path: Path) -> dict:
@@ -60,17 +61,35 @@ def file_key(name: str) -> str:
 
 
 def fingerprint(folder: str | Path) -> str:
-    """Hex digest of a model's config and weights: of each file the size, the first and the last
-    MiB (a safetensors header names every tensor; reading all of a large model is too slow)."""
+    """Hex digest of a model's config and weights: of each safetensors file its header, which names
+    every tensor, and each tensor's first and last 4 KiB; reading all of a large model is too
+    slow."""
     digest = xxhash.xxh3_64()
     folder = Path(folder)
     for path in [folder / "config.json", *sorted(folder.glob("*.safetensors"))]:
-        size = path.stat().st_size
+        digest.update(f"{path.name} {path.stat().st_size}".encode())
         with open(path, "rb") as f:
-            digest.update(f"{path.name} {size}".encode() + f.read(1 << 20))
-            f.seek(max(0, size - (1 << 20)))
-            digest.update(f.read())
+            if path.suffix == ".json":
+                digest.update(f.read())
+                continue
+            head = f.read(int.from_bytes(f.read(8), "little"))
+            digest.update(head)
+            for start, end in _spans(path, head):
+                for at in (start, max(start, end - PROBE_BYTES)):
+                    f.seek(at)
+                    digest.update(f.read(min(PROBE_BYTES, end - at)))
     return digest.hexdigest()
+
+
+def _spans(path: Path, head: bytes) -> list[tuple[int, int]]:
+    """(start, end) in the file of each tensor of a safetensors header, in order."""
+    try:
+        tensors = json.loads(head)
+        tensors.pop("__metadata__", None)
+        spans = sorted(tuple(tensor["data_offsets"]) for tensor in tensors.values())
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise UserError(f"{path}: not a whole safetensors file (header)") from None
+    return [(8 + len(head) + a, 8 + len(head) + b) for a, b in spans]
 
 
 def read_weights(

@@ -8,7 +8,7 @@ import shutil
 import pytest
 import torch
 from kit import assert_close_rms, logits, random_ids, randomise, tiny_model
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import hf_files
 from config import UserError
@@ -319,6 +319,23 @@ def test_fingerprint_sees_config_and_weights(tmp_path):
     assert fingerprint(tmp_path / "b") != same
     save_model(tiny_model("F", seed=1), tmp_path / "a", tokenizer_from="byte")
     assert fingerprint(tmp_path / "a") != same
+
+
+def test_fingerprint_sees_every_tensor(tmp_path):
+    """Also one in the middle of a file that is much larger than a MiB at either end."""
+    model = tiny_model("FLF", dtype=torch.float32, intermediate_size=12_000)
+    save_model(model, tmp_path / "a", tokenizer_from="byte")
+    path = tmp_path / "a" / "model.safetensors"
+    weights, found = load_file(path), {fingerprint(tmp_path / "a")}
+    mine = [key for key in weights if ".layers.1.linear_attn." in key]
+    for key in mine:
+        one = weights | {key: weights[key] + 1}
+        save_file(one, path, metadata={"format": "pt"})
+        found.add(fingerprint(tmp_path / "a"))
+    assert len(found) == 1 + len(mine) > 5
+    path.write_bytes(path.read_bytes()[:20])
+    with pytest.raises(UserError, match="not a whole safetensors file"):
+        fingerprint(tmp_path / "a")
 
 
 def test_all_files_have_the_same_mode(tmp_path):
