@@ -77,7 +77,7 @@ class BestFit:
         for start, end in zip(starts.tolist(), ends.tolist(), strict=True):
             self.dataset.read_into(out[at:end], start)
             at = end
-        out[at:] = self.dataset.eos or 0
+        out[at:] = self.dataset.eos
         if doc_ends[-1] > start + lengths[-1]:  # a piece of T whose document goes on
             self.dataset.read_into(out[at:], start + at)
             ends = ends[:0]

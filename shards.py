@@ -42,9 +42,9 @@ class TokenDataset:
 
     name             folder and split, for messages
     num_tokens       over all shards
-    vocab_size       None where the format does not say (nanoGPT); `min_vocab_size` is then known
+    vocab_size       of the writer's tokenizer; every id is below it
     tokenizer_hash   `Tokenizer.hash` of the writer, or None
-    eos              id that ends each document, or None if the data has no such token
+    eos              id that ends each document
     doc_ends         int64 [documents], exclusive end of each document, increasing
     fingerprint      32 hex digits over the content hashes of all shards, in order
 
@@ -62,7 +62,6 @@ class TokenDataset:
         doc_ends,
         digests,
         vocab_size,
-        min_vocab_size,
         eos,
         bos,
         tokenizer_hash,
@@ -73,8 +72,8 @@ class TokenDataset:
         self._starts = np.cumsum([0] + [len(shard) for shard in shards])
         self.num_tokens = int(self._starts[-1])
         self.doc_ends = doc_ends
-        self.vocab_size, self.min_vocab_size = vocab_size, min_vocab_size
-        self.eos, self.bos, self.tokenizer_hash = eos, bos, tokenizer_hash
+        self.vocab_size, self.eos, self.bos = vocab_size, eos, bos
+        self.tokenizer_hash = tokenizer_hash
         self.fingerprint = hashlib.blake2b(json.dumps(digests).encode(), digest_size=16).hexdigest()
         self.parts = [self]
 
@@ -106,7 +105,7 @@ class TokenDataset:
             offset, data = start + done - int(self._starts[shard]), self._shards[shard]
             piece = out[done : done + len(data) - offset]
             piece[:] = self._reader(shard)(offset, len(piece))
-            if self.vocab_size and piece.size and piece.max() >= self.vocab_size:
+            if piece.size and piece.max() >= self.vocab_size:
                 raise UserError(
                     f"{data.path}: token {piece.max()} among those from {offset} on, ids below"
                     f" {self.vocab_size} expected; the file is damaged"
@@ -130,14 +129,14 @@ class TokenDataset:
                 f"--data {self.name}: written with tokenizer hash {self.tokenizer_hash},"
                 f" expected {tokenizer.hash} ({expected})"
             )
-        if self.eos not in (None, tokenizer.eos_token_id):
+        if self.eos != tokenizer.eos_token_id:
             raise UserError(
                 f"--data {self.name}: documents end with token {self.eos}, expected"
                 f" {tokenizer.eos_token_id} ({expected})"
             )
-        if self.min_vocab_size > tokenizer.vocab_size:
+        if self.vocab_size != tokenizer.vocab_size:
             raise UserError(
-                f"--data {self.name}: holds token {self.min_vocab_size - 1}, expected ids below"
+                f"--data {self.name}: tokens of a vocabulary of {self.vocab_size}, expected"
                 f" {tokenizer.vocab_size} ({expected})"
             )
 
@@ -235,7 +234,6 @@ def _open_shards(cls, folder: Path, split: str, verify: bool) -> TokenDataset:
         doc_ends=np.concatenate(ends),
         digests=digests,
         vocab_size=first["vocab_size"],
-        min_vocab_size=first["vocab_size"],
         eos=first["eos"],
         bos=first["bos"],
         tokenizer_hash=first["tokenizer_hash"],
@@ -283,33 +281,32 @@ def _open_nanogpt(cls, spec: str, split: str) -> TokenDataset:
     """nanoGPT's headerless uint16 files and the 20240520 format of llm.c and modded-nanogpt.
 
     Neither stores hashes or document ends, so this reads every token once. A document ends after
-    GPT-2's end-of-text token, as in nanoGPT and in our own shards.
+    GPT-2's end-of-text token, as in nanoGPT and in our own shards, whether or not any is there.
     """
     paths = _nanogpt_files(spec, Path(spec.removeprefix("nanogpt:")).expanduser(), split)
-    shards, digests, ends, top = [], [], [], 0
+    shards, digests, ends = [], [], []
     for path in paths:
         data = _open_nanogpt_file(path)
         hasher, offset = xxhash.xxh3_64(), sum(map(len, shards))
         for part in data.parts():
             hasher.update(part)
             ends.append(np.flatnonzero(part == GPT2_EOT) + offset + 1)
-            top = max(top, int(part.max()))
+            if part.max() > GPT2_EOT:
+                raise UserError(f"{path}: token {part.max()}, GPT-2's 0 to {GPT2_EOT} expected")
             offset += len(part)
         shards.append(data)
         digests.append([2, len(data), hasher.intdigest()])
     found = np.concatenate(ends)
     total = sum(map(len, shards))
-    has_eot = found.size > 0
-    if not has_eot or found[-1] != total:  # the last document may be cut short
+    if not found.size or found[-1] != total:  # the last document may be cut short
         found = np.append(found, total)
     return cls(
         f"{spec} ({split})",
         shards,
         doc_ends=found,
         digests=digests,
-        vocab_size=None,
-        min_vocab_size=top + 1,
-        eos=GPT2_EOT if has_eot else None,
+        vocab_size=GPT2_EOT + 1,
+        eos=GPT2_EOT,
         bos=None,
         tokenizer_hash=None,
     )

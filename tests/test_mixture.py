@@ -183,10 +183,19 @@ def test_held_out_rows_are_concatenated_always(corpora):
 
 def test_every_split_must_fit_the_tokenizer(tmp_path):
     """An id that no embedding has would end the first evaluation."""
-    for split, top in (("train", 255), ("val", 300)):
-        np.arange(top - 200, top + 1, dtype="<u2").tofile(tmp_path / f"{split}.bin")
-    with pytest.raises(UserError, match=r"\(val\): holds token 300, expected ids below 257"):
-        open_corpora(f"nanogpt:{tmp_path}", ByteTokenizer(), "concatenate")
+
+    class Other(ByteTokenizer):
+        def __init__(self):
+            super().__init__()
+            self.hash = "ab" * 8
+
+    for split in ("train", "val"):
+        write(tmp_path / "a", random_documents(60), split)
+        write(tmp_path / "b", random_documents(60), split, Other())
+    for path in (tmp_path / "b").glob("val-*"):
+        shutil.copy(path, tmp_path / "a")
+    with pytest.raises(UserError, match=r"\(val\): written with tokenizer hash abab"):
+        open_corpora(str(tmp_path / "a"), ByteTokenizer(), "concatenate")
 
 
 def test_the_embedded_corpus_of_a_mixture_waits(corpora):

@@ -6,6 +6,7 @@ import resource
 import shutil
 import subprocess
 import sys
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
@@ -286,8 +287,7 @@ def test_nanogpt_formats(tmp_path, magic):
     data = TokenDataset.open(f"nanogpt:{tmp_path}", "train")
     assert np.array_equal(data.read(0, 500), tokens)
     assert data.doc_ends.tolist() == [100, 101, 351, 500]
-    assert (data.eos, data.vocab_size, data.tokenizer_hash) == (50256, None, None)
-    assert data.min_vocab_size == 50257
+    assert (data.eos, data.vocab_size, data.tokenizer_hash) == (50256, 50257, None)
     assert np.array_equal(TokenDataset.open(f"nanogpt:{tmp_path}", "val").read(0, 50), tokens[:50])
     with pytest.raises(UserError, match=r"documents end with token 50256, expected 256"):
         data.check_tokenizer(BYTE)
@@ -296,6 +296,25 @@ def test_nanogpt_formats(tmp_path, magic):
     name = "fineweb_train_000002.bin" if magic else "train.bin"
     write_gpt2(tmp_path / name, tokens[200:] if magic else tokens, magic)
     assert TokenDataset.open(f"nanogpt:{tmp_path}", "train").fingerprint != before
+
+
+@pytest.mark.parametrize("end", [[], [50256]])
+def test_nanogpt_files_are_of_gpt2_alone(end, tmp_path):
+    """Also where no end of text, nor any large id, says so."""
+    write_gpt2(tmp_path / "train.bin", [*range(10), *end])
+    data = TokenDataset.open(f"nanogpt:{tmp_path}", "train")
+    for eos, vocab_size, named in (
+        (256, 257, "documents end with token 50256, expected 256"),
+        (50256, 50295, "tokens of a vocabulary of 50257, expected 50295"),
+        (50256, 50257, ""),
+    ):
+        tokenizer = load_tokenizer("byte")
+        tokenizer.eos_token_id, tokenizer.vocab_size = eos, vocab_size
+        with pytest.raises(UserError, match=named) if named else nullcontext():
+            data.check_tokenizer(tokenizer)
+    write_gpt2(tmp_path / "train.bin", [50257])
+    with pytest.raises(UserError, match=r"train.bin: token 50257, GPT-2's 0 to 50256 expected"):
+        TokenDataset.open(f"nanogpt:{tmp_path}", "train")
 
 
 def test_nanogpt_mistakes(tmp_path):
