@@ -32,6 +32,7 @@ HEADER = struct.Struct("<iiqiiii8sQqQ")
 HEADER_HASH = struct.Struct("<Q")
 
 GPT2_MAGIC, GPT2_VERSION, GPT2_EOT = 20240520, 1, 50256
+LLAMA3_MAGIC = 20240801  # llm.c's other format: uint32, Llama-3's tokens
 SCAN_BYTES = 1 << 25
 MAX_OPEN = 128  # files a data set keeps open, far below the 1,024 that a process may
 
@@ -330,6 +331,8 @@ def _nanogpt_files(spec: str, path: Path, split: str) -> list[Path]:
 def _open_nanogpt_file(path: Path) -> _Shard:
     size = path.stat().st_size
     head = np.fromfile(path, "<i4", count=3)
+    if len(head) and head[0] == LLAMA3_MAGIC:
+        raise UserError(f"{path}: format {LLAMA3_MAGIC} (Llama-3) found, {GPT2_MAGIC} expected")
     if len(head) == 3 and head[0] == GPT2_MAGIC:
         if head[1] != GPT2_VERSION:
             raise UserError(f"{path}: format version {head[1]}, expected {GPT2_VERSION}")

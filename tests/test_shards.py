@@ -336,6 +336,9 @@ def test_nanogpt_mistakes(tmp_path):
     edit(path, 4, 2)
     with pytest.raises(UserError, match=r"train.bin: format version 3, expected 1"):
         TokenDataset.open(spec, "train")
+    np.array([20240801, 7, 10, *[0] * 253, *range(10)], dtype="<u4").tofile(path)
+    with pytest.raises(UserError, match=r"train.bin: format 20240801 .* 20240520 expected"):
+        TokenDataset.open(spec, "train")
     write_gpt2(path, range(10))
     assert TokenDataset.open(f"nanogpt:{path}", "train").doc_ends.tolist() == [10]
     with pytest.raises(UserError, match=r"without a 'val' split"):  # never evaluate on train.bin
