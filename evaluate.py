@@ -35,7 +35,7 @@ from generate import Decoder, for_decoding, generate, generate_batch
 from hybrid_layers import resolve_kernels, use_kernels
 from layers import sdpa_priority
 from losses import ce_head, kd_head
-from metrics import console_table, git_commit
+from metrics import check_writable, console_table, git_commit
 from mixers.hedgehog_window import BRANCHES, HedgehogWindow
 from model import Transformer
 from prompts import IN_RUN, PROMPTS
@@ -441,11 +441,8 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     args.argv = sys.argv[1:] if argv is None else argv
     try:
-        if args.out:
-            try:
-                Path(args.out).mkdir(parents=True, exist_ok=True)
-            except OSError as e:
-                raise UserError(f"--out: no folder {args.out} ({e.strerror})") from None
+        for name in ("eval.json", "eval.md") if args.out else ():
+            check_writable("out", Path(args.out) / name)
         for flag in ("seq_len", "eval_tokens"):
             if getattr(args, flag) < 1:
                 raise UserError(f"--{flag}: {getattr(args, flag)} found, at least 1 expected")

@@ -193,6 +193,19 @@ def git_commit() -> str | None:
     return out.stdout.strip() or None
 
 
+def check_writable(flag: str, path: Path) -> None:
+    """UserError unless `path` can be written as a file, asked before the work that fills it; its
+    folder is made."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        raise UserError(f"--{flag}: no folder {path.parent} ({e.strerror})") from None
+    if path.is_dir():
+        raise UserError(f"--{flag}: {path} is a folder, a file expected")
+    if not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise UserError(f"--{flag}: {path} cannot be written (Permission denied)")
+
+
 def console_table(title: str, rows: list[dict], width: int = 120) -> None:
     """A table on the console; columns are the rows' keys, in the order of first use. A log file
     has no width of its own; 80 columns would fold ordinary rows."""

@@ -160,17 +160,14 @@ def build_scorer(args) -> Scorer:
     from generate import for_decoding
     from hf import load_model, tokenizer_spec
     from hybrid_layers import resolve_kernels, use_kernels
+    from metrics import check_writable
     from tokenizer import load_tokenizer
 
     for flag, least in (("max_length", 0), ("batch_tokens", 1)):
         if getattr(args, flag) < least:
             raise UserError(f"--{flag}: {getattr(args, flag)} found, at least {least} expected")
     if args.out:
-        folder = Path(args.out).parent
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-        except OSError as e:
-            raise UserError(f"--out: no folder {folder} ({e.strerror})") from None
+        check_writable("out", Path(args.out))
     device, amp = choose_device(args.device), nullcontext
     tokenizer = load_tokenizer(tokenizer_spec(args.model))
     model = load_model(args.model, device=device, dtype=torch.float32)

@@ -339,6 +339,7 @@ def test_command(tmp_path, text_shards, pair, capsys):
         script.main([str(tmp_path / "nothing"), *argv[1:]])
     assert stop.value.code == 2
     assert "nothing: no config.json" in capsys.readouterr().err
+    (tmp_path / "full" / "eval.json").mkdir(parents=True)
     other = tmp_path / "other"
     shutil.copytree(tmp_path / "teacher", other)
     words = Tokenizer(WordLevel({"<unk>": 0, "the": 1}, unk_token="<unk>"))
@@ -347,6 +348,7 @@ def test_command(tmp_path, text_shards, pair, capsys):
     for wrong, name in (
         (["--teacher", str(tmp_path / "nowhere")], "nowhere"),
         (["--out", str(tmp_path / "eval.md")], "--out"),
+        (["--out", str(tmp_path / "full")], "full/eval.json is a folder, a file expected"),
         (["--recall_tasks", "chess"], "--recall_tasks"),
         (["--branch", "window"], "--branch: window found, a model with hedgehog_window"),
         (["--teacher", str(other)], "--teacher: tokenizer "),

@@ -121,7 +121,9 @@ def test_texts_begin_with_the_beginning_of_text(model, monkeypatch):
     assert (theirs.prefix_token_id, theirs.eot_token_id) == (bos, 256)
 
 
-@pytest.mark.parametrize("flag", ["max_length=-1", "batch_tokens=0", f"out={__file__}/r.json"])
+@pytest.mark.parametrize(
+    "flag", ["max_length=-1", "batch_tokens=0", f"out={__file__}/r.json", f"out={ROOT}"]
+)
 def test_flags_are_refused_before_the_model_is_read(flag):
     name, value = flag.split("=")
     args = argparse.Namespace(model="nowhere", device="cpu", max_length=0, batch_tokens=1, out="")

@@ -264,3 +264,16 @@ def test_wandb_gets_the_same_rows_and_the_env_file(tmp_path, monkeypatch, capsys
         metrics.MetricsLogger(tmp_path / "run", project="broken", **options)
     captured = capsys.readouterr()
     assert "s3cret" not in captured.out + captured.err
+
+
+def test_what_cannot_be_written_is_said_beforehand(tmp_path, monkeypatch):
+    metrics.check_writable("out", tmp_path / "new" / "a.json")
+    assert (tmp_path / "new").is_dir() and not list((tmp_path / "new").iterdir())
+    (tmp_path / "a").touch()
+    metrics.check_writable("out", tmp_path / "a")
+    for path, says in ((tmp_path / "new", "a folder"), (tmp_path / "a/b", "no folder")):
+        with pytest.raises(UserError, match=f"^--out: .*{says}"):
+            metrics.check_writable("out", path)
+    monkeypatch.setattr("os.access", lambda path, mode: False)  # root may write anything
+    with pytest.raises(UserError, match=r"^--out: .*a cannot be written"):
+        metrics.check_writable("out", tmp_path / "a")
