@@ -32,6 +32,7 @@ from data import IGNORE, Batch, TokenDataset, eval_batches
 from distributed import World, all_sum, choose_device
 from fsdp import reshard
 from generate import Decoder, for_decoding, generate, generate_batch
+from hf_files import require_rows
 from hybrid_layers import resolve_kernels, use_kernels
 from layers import sdpa_priority
 from losses import ce_head, kd_head
@@ -359,7 +360,7 @@ def set_branch(model: Transformer, branch: str) -> None:
 
 def evaluate(args) -> dict:
     """What eval.json holds."""
-    from hf import tokenizer_spec
+    from hf import read_config, tokenizer_spec
 
     tokenizer = load_tokenizer(tokenizer_spec(args.model))
     theirs = load_tokenizer(tokenizer_spec(args.teacher)) if args.teacher else tokenizer
@@ -368,6 +369,8 @@ def evaluate(args) -> dict:
             f"--teacher: tokenizer {theirs.name} ({theirs.hash}) found, the model's "
             f"{tokenizer.name} ({tokenizer.hash}) expected"
         )
+    for folder in filter(None, (args.model, args.teacher)):
+        require_rows(folder, read_config(folder).vocab_size, tokenizer)
     asked = []
     if args.recall_tasks:
         asked = questions(

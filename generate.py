@@ -20,6 +20,7 @@ from torch import Tensor
 
 from config import UserError
 from distributed import choose_device
+from hf_files import require_rows
 from hybrid_layers import resolve_kernels, use_kernels
 from model import Transformer, is_fsdp
 from tokenizer import load_tokenizer
@@ -199,6 +200,7 @@ def main(argv: list[str] | None = None) -> None:
         device = choose_device(args.device)
         model = load_model(args.model, device=device)
         tokenizer = load_tokenizer(tokenizer_spec(args.model))
+        require_rows(args.model, model.config.vocab_size, tokenizer)
         if device.type == "cpu":
             model.float()
         elif device.type == "cuda":

@@ -50,6 +50,15 @@ def require_tied(folder: str | Path, read: Callable[[str], Tensor]) -> None:
         raise UserError(f"{folder}: {head} differs from {tied}, tie_word_embeddings false expected")
 
 
+def require_rows(folder: str | Path, rows: int, tokenizer) -> None:
+    """UserError where a folder's embedding of so many rows lacks some of its tokenizer's tokens."""
+    if tokenizer.vocab_size > rows:
+        raise UserError(
+            f"{folder}: vocab_size {rows} found, at least the {tokenizer.vocab_size} of its "
+            f"tokenizer {tokenizer.name} expected"
+        )
+
+
 def our_name(key: str) -> str:
     """A parameter's name, from its key in a file."""
     return key.removeprefix("model.")

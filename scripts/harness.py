@@ -159,6 +159,7 @@ def build_scorer(args) -> Scorer:
     from distributed import choose_device
     from generate import for_decoding
     from hf import load_model, tokenizer_spec
+    from hf_files import require_rows
     from hybrid_layers import resolve_kernels, use_kernels
     from metrics import check_writable
     from tokenizer import load_tokenizer
@@ -171,6 +172,7 @@ def build_scorer(args) -> Scorer:
     device, amp = choose_device(args.device), nullcontext
     tokenizer = load_tokenizer(tokenizer_spec(args.model))
     model = load_model(args.model, device=device, dtype=torch.float32)
+    require_rows(args.model, model.config.vocab_size, tokenizer)
     if device.type == "cuda":
         kernels = resolve_kernels(model.config, "auto", device)
         print(use_kernels(model, kernels, device), file=sys.stderr)

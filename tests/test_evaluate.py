@@ -340,6 +340,8 @@ def test_command(tmp_path, text_shards, pair, capsys):
     assert stop.value.code == 2
     assert "nothing: no config.json" in capsys.readouterr().err
     (tmp_path / "full" / "eval.json").mkdir(parents=True)
+    narrow = tiny_model("F", vocab_size=200, eos_token_id=5)
+    save_model(narrow, tmp_path / "narrow", tokenizer_from="byte")
     other = tmp_path / "other"
     shutil.copytree(tmp_path / "teacher", other)
     words = Tokenizer(WordLevel({"<unk>": 0, "the": 1}, unk_token="<unk>"))
@@ -352,6 +354,7 @@ def test_command(tmp_path, text_shards, pair, capsys):
         (["--recall_tasks", "chess"], "--recall_tasks"),
         (["--branch", "window"], "--branch: window found, a model with hedgehog_window"),
         (["--teacher", str(other)], "--teacher: tokenizer "),
+        (["--teacher", str(tmp_path / "narrow")], "narrow: vocab_size 200 found, at least the 257"),
         (["--device", "abacus"], "--device: 'abacus' found"),
         (["--device", "cuda:99"], "--device: cuda:99 found"),
         (["--seq_len", "0"], "--seq_len: 0 found"),

@@ -165,12 +165,22 @@ def test_settings_that_cannot_be(folder, flag, capsys):
     assert err.count("\n") == 1
 
 
+def test_a_tokenizer_with_more_tokens_than_the_model_is_refused(tmp_path, capsys):
+    model = tiny_model("LF", vocab_size=200, eos_token_id=5)
+    save_model(model, tmp_path / "m", tokenizer_from="byte")
+    with pytest.raises(SystemExit) as stop:
+        script.main([str(tmp_path / "m"), "\u00e9", "--device", "cpu"])
+    says = "vocab_size 200 found, at least the 257 of its tokenizer byte expected"
+    assert stop.value.code == 2
+    assert capsys.readouterr().err == f"error: {tmp_path / 'm'}: {says}\n"
+
+
 def test_chat_encodes_control_tokens_as_such(folder, monkeypatch):
     """The prompt of --chat holds <|im_start|>, which must not be spelled out in pieces."""
     asked = []
 
     class Spy:
-        stops = (256,)
+        stops, vocab_size = (256,), 257
 
         def encode(self, text, *, special_tokens=False):
             asked.append((text, special_tokens))

@@ -132,6 +132,15 @@ def test_flags_are_refused_before_the_model_is_read(flag):
         build_scorer(args)
 
 
+def test_a_tokenizer_with_more_tokens_than_the_model_is_refused(tmp_path):
+    save_model(tiny_model("F", vocab_size=200), tmp_path / "m", tokenizer_from="byte")
+    args = argparse.Namespace(
+        model=str(tmp_path / "m"), device="cpu", max_length=0, batch_tokens=1, out=""
+    )
+    with pytest.raises(UserError, match="m: vocab_size 200 found, at least the 257"):
+        build_scorer(args)
+
+
 @pytest.mark.skipif(importlib.util.find_spec("lm_eval") is None, reason="lm-eval not installed")
 def test_command(model, tmp_path):
     """A task of our own through the harness: the choice that the model finds likelier."""
