@@ -239,12 +239,15 @@ def label_bytes(batches: list[Batch], tokenizer) -> int:
         labels = torch.cat([batch.labels[batch.labels >= 0] for batch in batches])
         return int(sizes[labels[labels < len(sizes)]].sum())
     control, total = {tokenizer.eos_token_id, tokenizer.bos_token_id}, 0
+    text = lambda pair: pair[1] >= 0 and pair[1] not in control  # noqa: E731
     for batch in batches:
-        for row in batch.labels.reshape(-1, batch.max_seqlen).tolist():
-            text = lambda label: label >= 0 and label not in control  # noqa: E731
+        both = torch.stack([batch.input_ids, batch.labels], -1)
+        for row in both.reshape(-1, batch.max_seqlen, 2).tolist():
             for known, some in itertools.groupby(row, text):
-                if known:
-                    total += len(tokenizer.decode(list(some)).encode())
+                if known:  # after the token before, which keeps the space that begins a run
+                    before, labels = zip(*some, strict=True)
+                    prompt = [] if before[0] in control else [before[0]]
+                    total += len(tokenizer.continuation(prompt, list(labels)).encode())
     return total
 
 

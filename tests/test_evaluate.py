@@ -14,7 +14,9 @@ import torch
 import torch.nn.functional as F
 from kit import random_ids, tiny_model
 from tokenizers import Tokenizer
+from tokenizers.decoders import Metaspace as MetaspaceDecoder
 from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Metaspace
 
 import evaluate as script
 from cache import LayerCache
@@ -246,9 +248,25 @@ def test_label_bytes_are_those_of_the_text(text_shards):
         labels = torch.cat([b.labels.flatten() for b in batches])
         text = sum(1 for i in labels.tolist() if 0 <= i < 256)
         assert text < (labels >= 0).sum() and script.label_bytes(batches, tokenizer) == text
-        whole = mock.Mock(eos_token_id=256, bos_token_id=None, decode=tokenizer.decode)
+        whole = mock.Mock(eos_token_id=256, bos_token_id=None, continuation=tokenizer.continuation)
         whole.token_bytes.return_value = None  # one whose tokens are no bytes
         assert script.label_bytes(batches, whole) == text
+
+
+def test_label_bytes_keep_the_first_space_of_sentencepiece(tmp_path):
+    pieces = ["</s>", "\u2581a", "\u2581b", "c"]
+    backend = Tokenizer(WordLevel({piece: i for i, piece in enumerate(pieces)}))
+    backend.pre_tokenizer, backend.decoder = Metaspace(), MetaspaceDecoder()
+    backend.save(str(tmp_path / "tokenizer.json"))
+    tokenizer = load_tokenizer(str(tmp_path))
+    assert tokenizer.token_bytes() is None and tokenizer.eos_token_id == 0
+    rows = torch.tensor([[1, 2, 3, 1, 0, 1, 2], [3, 3, 2, 2, 3, 0, 2]])
+    batch = mock.Mock(input_ids=rows[:, :-1], labels=rows[:, 1:].clone(), max_seqlen=6)
+    # " bc a", "a b" of which no space is known; "c b bc", "b".
+    assert script.label_bytes([batch], tokenizer) == 5 + 3 + 6 + 1
+    batch.labels[0, 4] = batch.labels[1, 1] = IGNORE
+    # " bc a", " b"; "c", " bc", "b".
+    assert script.label_bytes([batch], tokenizer) == 5 + 2 + 1 + 3 + 1
 
 
 def test_data_of_another_tokenizer_is_refused(tmp_path):
