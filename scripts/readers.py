@@ -167,8 +167,9 @@ def read_parquet(path: Path, options, start: int):
                 row += len(texts)
                 if row > start:
                     yield Rows(row, size * row // rows, texts[max(0, len(texts) - (row - start)) :])
-    except (OSError, ValueError) as error:  # pyarrow's own errors are of these two kinds
-        raise Damaged("damaged", f"{path}: damaged after row {row} ({error})") from error
+    except (OSError, ValueError, arrow.ArrowException) as error:
+        reason = " ".join(str(error).split())  # which may have several lines
+        raise Damaged("damaged", f"{path}: damaged after row {row} ({reason})") from error
 
 
 READERS = {

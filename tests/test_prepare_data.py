@@ -243,6 +243,22 @@ def test_parquet(tmp_path, monkeypatch, capsys):
     assert texts(tmp_path / "o", "train")[:40] == rows
 
 
+def test_any_error_of_pyarrow_is_damage(tmp_path, monkeypatch, capsys):
+    """Some are neither OSError nor ValueError, some have several lines."""
+
+    def iter_batches(*args, **kwargs):
+        raise pyarrow.ArrowNotImplementedError("not\nimplemented")
+
+    monkeypatch.setattr(pyarrow.parquet.ParquetFile, "iter_batches", iter_batches)
+    write_parquet(tmp_path / "a.parquet", text=["x"])
+    good = write_jsonl(tmp_path / "b.jsonl", ["good"])
+    args = [tmp_path / "a.parquet", good, "--out", tmp_path / "o", "--val_fraction", 0]
+    assert run(*args) == 0
+    captured = capsys.readouterr()
+    assert captured.err.endswith("a.parquet: damaged after row 0 (not implemented)\n")
+    assert "1 left out (1 damaged)" in captured.out and texts(tmp_path / "o", "train") == ["good"]
+
+
 @pytest.mark.parametrize("kind", ["large_string", "string_view", "dictionary"])
 def test_text_columns_of_parquet(kind, tmp_path):
     """pandas writes a category as a dictionary."""
