@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import glob
 import importlib
+import os
 import zlib
 from collections import Counter
 from functools import partial
@@ -201,26 +202,47 @@ def not_read(files: list[Path]) -> str:
     return f"not read: {', '.join(shown)} (such as {files[0]})"
 
 
+def _folder_files(folder: Path) -> list[Path]:
+    """The files of a folder and of those below it, in order. Links are followed, to each folder
+    once; what begins with a dot is left out."""
+    found, seen = [], set()
+    for at, folders, names in os.walk(folder, followlinks=True):
+        real = os.path.realpath(at)
+        folders[:] = [] if real in seen else sorted(n for n in folders if not n.startswith("."))
+        if real not in seen:
+            found += [Path(at, name) for name in names if not name.startswith(".")]
+        seen.add(real)
+    for path in found:
+        if reader_of(path):
+            _check_link(path)
+    return sorted(path for path in found if path.is_file())
+
+
+def _check_link(path: Path) -> None:
+    if path.is_symlink() and not path.exists():
+        raise UserError(f"{path}: no such file; it is a link to {os.readlink(path)}")
+
+
 def input_files(patterns: list[str]) -> tuple[list[Path], list[Path]]:
-    """The files behind the inputs, each once, and those of folders that no reader knows, without
-    hidden ones; `UserError` for an input that names none, or a type whose package is missing."""
+    """The files behind the inputs, each once, and those of folders that no reader knows;
+    `UserError` for an input that names none, or a type whose package is missing."""
     files, unknown = {}, {}
     for pattern in patterns:
+        if not pattern:
+            raise UserError("INPUT: '' found, a file, folder or pattern expected")
         path = Path(pattern)
         found = [path] if path.exists() else sorted(map(Path, glob.glob(pattern, recursive=True)))
         if not found:
             raise UserError(f"{pattern}: no such file, folder or pattern")
         for item in found:
+            _check_link(item)
             if item.is_dir():
-                every = [p for p in sorted(item.rglob("*")) if p.is_file()]
+                every = _folder_files(item)
                 inside = [p for p in every if reader_of(p)]
                 if not inside:
                     raise UserError(f"{item}: the folder holds no {', '.join(READERS)} file")
                 files |= {p.resolve(): p for p in inside}
-                for p in every:
-                    hidden = any(part.startswith(".") for part in p.relative_to(item).parts)
-                    if not (hidden or reader_of(p)):
-                        unknown[p.resolve()] = p
+                unknown |= {p.resolve(): p for p in every if not reader_of(p)}
             elif reader_of(item):
                 files[item.resolve()] = item
             else:

@@ -127,6 +127,31 @@ def test_what_is_not_read_is_said(tmp_path, monkeypatch, capsys):
     assert "not read: 3 .json, 3 others (" in capsys.readouterr().err
 
 
+def test_links_are_followed_and_hidden_folders_are_not_read(tmp_path, capsys):
+    """Each folder once, also where a link leads back to one above it."""
+    folder, other = tmp_path / "in", tmp_path / "other"
+    for new in (folder / ".ipynb_checkpoints", folder / "sub", other):
+        new.mkdir(parents=True)
+    write_jsonl(folder / ".ipynb_checkpoints" / "a.jsonl", ["hidden"])
+    write_jsonl(folder / ".a.jsonl", ["hidden too"])
+    write_jsonl(folder / "a.jsonl", ["one"])
+    write_jsonl(folder / "sub" / "b.jsonl", ["two"])
+    write_jsonl(other / "c.jsonl", ["three"])
+    (folder / "linked").symlink_to(other)
+    (other / "back").symlink_to(folder)
+    (folder / "sub" / "again").symlink_to(other)
+    (folder / "z.jsonl").symlink_to(other / "c.jsonl")
+    args = ["--val_fraction", 0, "--out", tmp_path / "o"]
+    assert run(folder, *args) == 0
+    assert texts(tmp_path / "o", "train") == ["one", "three", "two"]
+    assert run(folder / ".ipynb_checkpoints", *args, "--overwrite") == 0
+    assert texts(tmp_path / "o", "train") == ["hidden"]
+    (folder / "x.txt").symlink_to("gone.txt")
+    for given in (folder, folder / "x.txt", folder / "x.*"):
+        line, count = failure(capsys, given, *args, "--overwrite")
+        assert "x.txt: no such file; it is a link to gone.txt" in line and count == 1
+
+
 def test_bad_lines_are_named_and_counted(tmp_path, capsys):
     path = tmp_path / "a.jsonl"
     good = json.dumps({"body": "good"})
@@ -294,6 +319,7 @@ def test_mistakes_are_one_line_and_leave_nothing(tmp_path, capsys):
     for args, message in (
         ([tmp_path / "missing.txt"], "missing.txt: no such file"),
         ([tmp_path / "*.nothing"], "no such file, folder or pattern"),
+        ([""], "INPUT: '' found, a file, folder or pattern expected"),
         ([tmp_path / "empty"], "the folder holds no .txt"),
         ([tmp_path / "data.csv"], "data.csv: cannot read this type"),
         ([path, "--val_fraction", 1], "--val_fraction 1.0: expected"),
