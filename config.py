@@ -35,7 +35,8 @@ def opt(default, text, *, choices=None, low=None, high=None):
     return field(default=default, metadata=meta)
 
 
-NUMBERS = {"int": int, "int | None": int | None, "float": int | float}  # by annotation
+TYPES = {"bool": bool, "int": int, "int | None": int | None, "float": int | float, "str": str,
+         "dict | None": dict | None, "list[str] | None": list | tuple | None}  # fmt: skip
 FEATURE_MAPS = ("identity", "elu", "hedgehog")
 LAYER_TYPES = ("full_attention", "sliding_attention", "linear_attention")
 
@@ -79,26 +80,25 @@ class ModelConfig:
 
     def __post_init__(self):
         for f in dataclasses.fields(self):
-            if not isinstance(value := getattr(self, f.name), NUMBERS.get(f.type, object)):
+            value = getattr(self, f.name)
+            if not isinstance(value, TYPES[f.type]) or (type(value) is bool and f.type != "bool"):
                 raise UserError(f"{f.name}: {value!r} found, {f.type} expected")
         self.linear_num_key_heads = self.linear_num_key_heads or self.num_attention_heads
         self.linear_num_value_heads = self.linear_num_value_heads or self.linear_num_key_heads
         self.linear_key_head_dim = self.linear_key_head_dim or self.head_dim
         self.linear_value_head_dim = self.linear_value_head_dim or self.head_dim
-        if self.layer_types is None:
-            self.layer_types = ["full_attention"] * self.num_hidden_layers
-        self.layer_types = list(self.layer_types)
+        full = ["full_attention"] * self.num_hidden_layers
+        self.layer_types = list(full if self.layer_types is None else self.layer_types)
         n_linear = self.layer_types.count("linear_attention")
-        if self.mixer is None:
-            self.mixer = ["gated_deltanet"] * n_linear
-        self.mixer = list(self.mixer)
+        self.mixer = list(["gated_deltanet"] * n_linear if self.mixer is None else self.mixer)
         self.validate(n_linear)
 
     def validate(self, n_linear: int) -> None:
         """Raise UserError for shapes no forward pass could use."""
         for name in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
-                     "num_attention_heads", "num_key_value_heads", "head_dim",
-                     "linear_conv_kernel_dim", "linear_window"):  # fmt: skip
+                     "num_attention_heads", "num_key_value_heads", "head_dim", "linear_window",
+                     "linear_conv_kernel_dim", "linear_num_key_heads", "linear_num_value_heads",
+                     "linear_key_head_dim", "linear_value_head_dim"):  # fmt: skip
             if getattr(self, name) < 1:
                 raise UserError(f"{name}: {getattr(self, name)} found, a positive number expected")
         if self.num_attention_heads % self.num_key_value_heads:
@@ -123,8 +123,8 @@ class ModelConfig:
                 raise UserError(f"layer_types: '{kind}' found, one of {LAYER_TYPES} expected")
         if "sliding_attention" in self.layer_types and self.sliding_window < 1:
             raise UserError("sliding_window: 0 found, a window is needed by sliding_attention")
-        if len(self.mixer) != n_linear:
-            raise UserError(f"mixer: {len(self.mixer)} names found, {n_linear} expected")
+        if [type(name) for name in self.mixer] != [str] * n_linear:
+            raise UserError(f"mixer: {self.mixer} found, {n_linear} names expected")
         if self.linear_rope and n_linear and self.linear_key_head_dim != self.head_dim:
             raise UserError("linear_rope: needs linear_key_head_dim equal to head_dim")
         if self.linear_feature_map not in FEATURE_MAPS:
@@ -138,7 +138,7 @@ class ModelConfig:
         for name in ("factor", "low_freq_factor", "high_freq_factor",
                      "original_max_position_embeddings"):  # fmt: skip
             found = (self.rope_scaling or {}).get(name)
-            if scaling == "llama3" and not isinstance(found, int | float):
+            if scaling == "llama3" and type(found) not in (int, float):
                 raise UserError(f"rope_scaling: {name} {found!r} found, llama3 needs a number")
 
     def mixer_name(self, layer: int) -> str:

@@ -89,7 +89,7 @@ def _from_hf(raw: dict, path: Path) -> ModelConfig:
     kind = raw["model_type"]
     for key in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
                 "num_attention_heads"):  # fmt: skip
-        if not isinstance(raw.get(key), int):
+        if type(raw.get(key)) is not int:  # True is an int to isinstance
             raise UserError(f"{path}: {key} is {raw.get(key)}, a whole number expected")
     for key, plain in (("hidden_act", "silu"), ("mlp_bias", False), ("quantization_config", None)):
         if raw.get(key, plain) not in (plain, None):
@@ -156,24 +156,24 @@ def _rope(raw: dict, path: Path) -> tuple[dict, float]:
             f"{raw['rope_parameters']} found, the same in both or one of them expected"
         )
     theta = theta or raw.get("rope_theta") or 10000.0
-    if not isinstance(theta, int | float):
+    if type(theta) not in (int, float):
         raise UserError(f"{path}: rope_theta is {theta!r}, a number expected")
     return next(iter(found.values()), {}), float(theta)
 
 
-def _windows(raw: dict) -> tuple[int, list[str]]:
+def _windows(raw: dict) -> tuple[int, object]:
     """(window, layer types); qwen2/3 switch windows on from layer `max_window_layers`."""
     n = raw["num_hidden_layers"]
     if raw["model_type"] not in ("qwen2", "qwen3") or not raw.get("use_sliding_window"):
         return 0, ["full_attention"] * n
     first = raw.get("max_window_layers", 28)
-    if not isinstance(first, int):
+    if type(first) is not int:
         raise UserError(f"max_window_layers: {first!r} found, a whole number expected")
     kinds = raw.get("layer_types") or [
         "sliding_attention" if i >= first else "full_attention" for i in range(n)
     ]
-    window = raw.get("sliding_window") or 0
-    return (window if "sliding_attention" in kinds else 0), list(kinds)
+    sliding = isinstance(kinds, list) and "sliding_attention" in kinds  # others are refused later
+    return (raw.get("sliding_window") or 0 if sliding else 0), kinds
 
 
 def model_type(folder: str | Path) -> str:
@@ -192,7 +192,7 @@ def tokenizer_spec(folder: str | Path) -> str:
     if not (folder / "config.json").is_file():
         raise no_model(folder)
     name = read_json(folder / "config.json").get("retort_tokenizer")
-    if not name:
+    if not name or not isinstance(name, str):
         raise UserError(f"{folder}: no tokenizer.json; --tokenizer has to name one")
     return name
 

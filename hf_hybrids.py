@@ -141,7 +141,7 @@ def from_config(raw: dict, path) -> dict:
     """ModelConfig fields of a hybrid's config.json. UserError for what ours cannot represent."""
 
     def number(key: str) -> int:
-        if not isinstance(raw.get(key), int):
+        if type(raw.get(key)) is not int:  # True is an int to isinstance
             raise UserError(f"{path}: {key} is {raw.get(key)}, a whole number expected")
         return raw[key]
 
@@ -158,12 +158,14 @@ def from_config(raw: dict, path) -> dict:
         mixer = "gated_deltanet"
     else:
         softmax = raw.get("attn_layer_indices") or []
+        if not isinstance(softmax, list):
+            raise UserError(f"{path}: attn_layer_indices is {softmax!r}, a list expected")
         kinds = ["full_attention" if i in softmax else "linear_attention" for i in range(layers)]
         for key, plain in (("mamba_conv_bias", True), ("mamba_proj_bias", False)):
             if raw.get(key, plain) != plain:
                 raise UserError(f"{path}: {key} {raw[key]} is not supported, {plain} expected")
-        limit = raw.get("time_step_limit") or [0.0, {"__float__": "Infinity"}]
-        if limit[0] != 0 or limit[1] not in (float("inf"), {"__float__": "Infinity"}):
+        free = [[0, float("inf")], [0, {"__float__": "Infinity"}]]
+        if (limit := raw.get("time_step_limit") or free[0]) not in free:
             raise UserError(f"{path}: time_step_limit {limit} is not supported, none expected")
         shape = {
             "linear_num_value_heads": number("mamba_n_heads"),

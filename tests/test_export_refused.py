@@ -96,6 +96,14 @@ def test_tokenizer_json_by_path(tmp_path):
         ("bamba", {"time_step_limit": [0.0, 0.1]}, "time_step_limit"),
         ("bamba", {"mamba_d_head": "auto"}, "mamba_d_head is auto"),
         ("bamba", {"mlp_bias": True}, "mlp_bias"),
+        ("bamba", {"mamba_d_head": -4}, "linear_value_head_dim: -4 found, a positive number"),
+        ("bamba", {"mamba_n_groups": True}, "mamba_n_groups is True, a whole number"),
+        ("bamba", {"attn_layer_indices": "x"}, "attn_layer_indices is 'x', a list"),
+        ("bamba", {"attn_layer_indices": -1}, "attn_layer_indices is -1, a list"),
+        ("bamba", {"time_step_limit": 5}, "time_step_limit 5 is not supported"),
+        ("qwen3_5_text", {"linear_num_key_heads": -2}, "linear_num_key_heads: -2 found"),
+        ("qwen3_5_text", {"linear_key_head_dim": -8}, "linear_key_head_dim: -8 found"),
+        ("qwen3_5_text", {"layer_types": [["full_attention"]] * 3}, "layer_types: '\\['full"),
     ],
 )
 def test_hybrid_config_that_is_refused(kind, change, named, tmp_path):

@@ -66,6 +66,23 @@ CONFIG_FAULTS = {
         lambda c: c.update(model_type="qwen2", use_sliding_window=True, max_window_layers="1"),
         "max_window_layers: '1'",
     ),
+    "number for types": (
+        lambda c: c.update(model_type="qwen2", use_sliding_window=True, layer_types=-1),
+        "layer_types: -1 found",
+    ),
+    "true for a size": (lambda c: c.update(hidden_size=True), "hidden_size is True"),
+    "true for kv heads": (lambda c: c.update(num_key_value_heads=True), "_heads: True found, int"),
+    "true for epsilon": (lambda c: c.update(rms_norm_eps=True), "rms_norm_eps: True found, float"),
+    "true for theta": (
+        lambda c: c.update(rope_theta=True, rope_parameters=None), "rope_theta is True",
+    ),
+    "true for a factor": (
+        lambda c: c["rope_parameters"].update(LLAMA3, factor=True), "rope_scaling: factor True",
+    ),
+    "true for windows": (
+        lambda c: c.update(model_type="qwen2", use_sliding_window=True, max_window_layers=True),
+        "max_window_layers: True",
+    ),
     "heads do not divide": (lambda c: c.update(num_key_value_heads=3), "num_key_value_heads"),
     "odd head": (lambda c: c.update(head_dim=7), "head_dim"),
 }  # fmt: skip
@@ -90,6 +107,13 @@ def test_config_that_is_refused(change, named, folder):
         load_model(folder)
 
 
+RETORT_FAULTS = [
+    ("layer_types", -1), ("layer_types", "x"), ("mixer", -1), ("mixer", "x"),
+    ("rope_scaling", "x"), ("linear_value_head_dim", -1), ("vocab_size", True),
+    ("tie_word_embeddings", "x"), ("linear_feature_map", -1), ("eos_token_id", False),
+]  # fmt: skip
+
+
 @pytest.mark.parametrize(
     ("text", "named"),
     [
@@ -100,6 +124,15 @@ def test_config_that_is_refused(change, named, folder):
         (
             '{"model_type": "retort", "retort": {"num_hidden_layers": "2"}}',
             "num_hidden_layers: '2'",
+        ),
+        (
+            '{"model_type": "retort", "retort": {"num_hidden_layers": 1, '
+            '"layer_types": ["linear_attention"], "mixer": [["gla"]]}}',
+            r"mixer: \[\['gla'\]\] found, 1 names expected",
+        ),
+        *(
+            (json.dumps({"model_type": "retort", "retort": {name: value}}), f"{name}: {value!r}")
+            for name, value in RETORT_FAULTS
         ),
     ],
 )
