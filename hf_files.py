@@ -121,8 +121,8 @@ def weight_files(folder: Path, wanted: Callable[[str], bool] = lambda name: True
     if one.is_file() or not index.is_file():
         return [one]
     names = read_json(index).get("weight_map")
-    if not names:
-        raise UserError(f"{index}: no weight_map found")
+    if not isinstance(names, dict) or {str} != {type(file) for file in names.values()}:
+        raise UserError(f"{index}: no weight_map from names to files found")
     return [folder / f for f in sorted({f for key, f in names.items() if wanted(our_name(key))})]
 
 

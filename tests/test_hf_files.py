@@ -163,9 +163,10 @@ def test_missing_files_are_named(read, folder, tmp_path):
     (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
     with pytest.raises(UserError, match=r"no model\.safetensors"):
         read(folder)
-    (folder / "model.safetensors.index.json").write_text("{}")
-    with pytest.raises(UserError, match="weight_map"):
-        read(folder)
+    for found in ({}, *({"weight_map": m} for m in ({}, [1], "x", {"model.norm.weight": 1}))):
+        (folder / "model.safetensors.index.json").write_text(json.dumps(found))
+        with pytest.raises(UserError, match=r"index\.json: no weight_map from names to files"):
+            read(folder)
 
 
 @every_reader
