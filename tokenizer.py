@@ -375,8 +375,14 @@ def _chat_template(folder: Path, config: dict) -> str | None:
     if file.is_file():
         return file.read_text(encoding="utf-8")
     template = config.get("chat_template")
-    if isinstance(template, list):  # several named templates
-        template = {entry["name"]: entry["template"] for entry in template}.get("default")
+    with suppress(TypeError, KeyError):  # what is no such list stays one
+        if isinstance(template, list):  # several named templates
+            template = {entry["name"]: entry["template"] for entry in template}.get("default")
+    if not isinstance(template, str | None):
+        raise UserError(
+            f"--tokenizer: {folder / 'tokenizer_config.json'}: chat_template {template!r:.60}"
+            " found, a text, or a list of objects with name and template, expected"
+        )
     return template
 
 

@@ -124,6 +124,17 @@ def test_tiktoken_without_network(monkeypatch):
     assert "\n" not in str(error.value)
 
 
+def test_chat_templates_by_name(tmp_path):
+    named = [{"name": "tool", "template": "t"}, {"name": "default", "template": "d"}]
+    folder = make_folder(tmp_path, chat_template=named)
+    assert load_tokenizer(str(folder)).chat_template == "d"
+    says = r"tokenizer_config\.json: chat_template .* found, a text"
+    for wrong in ([{"name": "default"}], [1], [{"name": "default", "template": 1}], 5):
+        folder = make_folder(tmp_path, chat_template=wrong)
+        with pytest.raises(UserError, match=says):
+            load_tokenizer(str(folder))
+
+
 def test_json_folder(tmp_path):
     folder = make_folder(tmp_path / "small", eos_token="<|im_end|>", chat_template="{{ messages }}")
     tok = load_tokenizer(str(folder))
