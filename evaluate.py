@@ -31,7 +31,7 @@ from config import UserError
 from data import IGNORE, Batch, TokenDataset, eval_batches
 from distributed import World, all_sum, choose_device
 from fsdp import reshard
-from generate import Decoder, for_decoding, generate, generate_batch
+from generate import Decoder, for_decoding, generate, generate_batch, require_finite
 from hf_files import require_rows
 from hybrid_layers import resolve_kernels, use_kernels
 from layers import sdpa_priority
@@ -190,10 +190,13 @@ def completions(
 
 
 @torch.no_grad()
-def check_decoding(model: Transformer, prompt: list[int], tokens: int = 8) -> None:
+def check_decoding(
+    model: Transformer, prompt: list[int], tokens: int = 8, name: str = "model"
+) -> None:
     """Decode with the cache and compare with one forward over everything; RuntimeError if they
-    differ: whatever is generated then tells of the cache and not of the model. The model has to be
-    in float32, and outside autocast."""
+    differ: whatever is generated then tells of the cache and not of the model. UserError with the
+    model's `name` if the forward's logits are not finite. The model has to be in float32, and
+    outside autocast."""
     decoder = Decoder(model)
     found = [decoder.prefill([prompt])]
     ids = list(prompt)
@@ -203,8 +206,10 @@ def check_decoding(model: Transformer, prompt: list[int], tokens: int = 8) -> No
     device = found[0].device
     with torch.compiler.set_stance("force_eager"):
         hidden = model(torch.tensor([ids], device=device))[0, len(prompt) - 1 :]
+    expected = decoder.head(hidden)
+    require_finite(expected, name)
     most = DECODING_TOLERANCE.get(device.type, 1e-3)
-    for i, (a, b) in enumerate(zip(torch.cat(found), decoder.head(hidden), strict=True)):
+    for i, (a, b) in enumerate(zip(torch.cat(found), expected, strict=True)):
         error = ((a - b).norm() / b.norm()).item()
         if not error <= most:
             raise RuntimeError(
@@ -343,7 +348,7 @@ def load_checked(
     if cuda:
         use_kernels(model, resolve_kernels(model.config, "auto", device, "float32"), device)
     if prompt is not None:
-        check_decoding(model, prompt)
+        check_decoding(model, prompt, name=folder)
     if cuda:
         kernels = resolve_kernels(model.config, "auto", device, dtype)
         print(use_kernels(model, kernels, device), file=sys.stderr)

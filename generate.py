@@ -120,13 +120,14 @@ def generate_batch(
     stops: Container[int] = (),
     generator: torch.Generator | None = None,
     graph: bool = False,
+    name: str = "model",
 ) -> list[list[int]]:
     """Continue each of `prompts`, of any lengths, together. A sequence stops after one of
     the tokens `stops`.
 
     temperature 0 is greedy; top_p keeps the likeliest tokens that together reach that mass.
-    graph: record the step as a CUDA graph (worth it from some tens of tokens on). Returns the
-    new ids only.
+    graph: record the step as a CUDA graph (worth it from some tens of tokens on). name: of the
+    model, for the UserError where its logits are not finite. Returns the new ids only.
     """
     if not prompts or not all(prompts):
         raise UserError("prompt: no tokens found, at least one expected")
@@ -137,6 +138,8 @@ def generate_batch(
     decoder = Decoder(model, capacity if graph else 0, graph=graph)
     logits = decoder.prefill(prompts)
     while True:
+        if temperature or not new[0]:
+            require_finite(logits, name)
         tokens = [pick(row, temperature, top_p, generator) for row in logits]
         if is_fsdp(model):
             tokens = first_ranks(tokens, logits.device)
@@ -146,6 +149,12 @@ def generate_batch(
         if all(len(ids) == max_new_tokens or ids[-1] in stops for ids in new):
             return new
         logits = decoder.step(torch.tensor(tokens, device=logits.device))
+
+
+def require_finite(logits: Tensor, name: str) -> None:
+    """UserError where a model's logits are no numbers, as with damaged weights."""
+    if not logits.isfinite().all():
+        raise UserError(f"{name}: logits are not finite")
 
 
 def generate(model: Transformer, ids: list[int], max_new_tokens: int, **options) -> list[int]:
@@ -222,7 +231,7 @@ def main(argv: list[str] | None = None) -> None:
         with amp:
             new = generate_batch(
                 model, ids, args.max_new_tokens, temperature=args.temperature, top_p=args.top_p,
-                stops=tokenizer.stops, generator=generator,
+                stops=tokenizer.stops, generator=generator, name=args.model,
             )  # fmt: skip
         for text, prompt, tokens in zip(args.prompt, ids, new, strict=True):
             print(text + tokenizer.continuation(prompt, tokens))

@@ -299,6 +299,15 @@ def test_decoding_is_checked(monkeypatch):
         script.check_decoding(model, prompt)
 
 
+def test_weights_that_are_not_finite_are_no_fault_of_the_cache(tmp_path):
+    model = tiny_model("LF", dtype=torch.float32, **SHAPE)
+    with torch.no_grad():
+        model.layers[0].mlp.down_proj.weight[0, 0] = torch.nan
+    save_model(model, tmp_path / "m", tokenizer_from="byte")
+    with pytest.raises(UserError, match=r"m: logits are not finite$"):
+        script.load_checked(str(tmp_path / "m"), torch.device("cpu"), "float32", [5, 6, 7])
+
+
 def test_questions_are_asked_of_the_model():
     """A model that says 5 after anything, and one that says 6."""
     tokenizer = load_tokenizer("byte")

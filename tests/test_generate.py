@@ -175,6 +175,18 @@ def test_a_tokenizer_with_more_tokens_than_the_model_is_refused(tmp_path, capsys
     assert capsys.readouterr().err == f"error: {tmp_path / 'm'}: {says}\n"
 
 
+@pytest.mark.parametrize("flags", [[], ["--temperature", "1"]])
+def test_logits_that_are_not_finite(flags, tmp_path, capsys):
+    model = tiny_model("LF", dtype=torch.float32, vocab_size=257, eos_token_id=256)
+    with torch.no_grad():
+        model.layers[1].mlp.down_proj.weight[0, 0] = torch.nan
+    save_model(model, tmp_path / "m", tokenizer_from="byte")
+    with pytest.raises(SystemExit) as stop:
+        script.main([str(tmp_path / "m"), "a", "bc", "--device", "cpu", *flags])
+    assert stop.value.code == 2
+    assert capsys.readouterr().err == f"error: {tmp_path / 'm'}: logits are not finite\n"
+
+
 def test_chat_encodes_control_tokens_as_such(folder, monkeypatch):
     """The prompt of --chat holds <|im_start|>, which must not be spelled out in pieces."""
     asked = []
