@@ -54,16 +54,16 @@ TOKENIZER_FILES = (
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 
-def no_model(folder: str | Path) -> UserError:
-    return UserError(f"{folder}: no config.json, a Hugging Face or retort model folder expected")
+def _config_json(folder: str | Path) -> dict:
+    path = Path(folder) / "config.json"
+    if not path.is_file():
+        raise UserError(f"{folder}: no config.json, a Hugging Face or retort model folder expected")
+    return read_json(path)
 
 
 def read_config(folder: str | Path) -> ModelConfig:
     """The ModelConfig of a model folder. UserError for what our model cannot represent."""
-    path = Path(folder) / "config.json"
-    if not path.is_file():
-        raise no_model(folder)
-    raw = read_json(path)
+    path, raw = Path(folder) / "config.json", _config_json(folder)
     kind = raw.get("model_type")
     if "text_config" in raw:
         raise UserError(
@@ -81,11 +81,15 @@ def read_config(folder: str | Path) -> ModelConfig:
         extra = set(raw["retort"]) - known
         if extra:
             raise UserError(f"{path}: unknown fields {sorted(extra)}; a newer version wrote it")
-        return ModelConfig(**raw["retort"])
-    return _from_hf(raw, path)
+    fields = raw["retort"] if kind == "retort" else _from_hf(raw, path)
+    try:
+        return ModelConfig(**fields)
+    except UserError as e:
+        raise UserError(f"{path}: {e}") from None
 
 
-def _from_hf(raw: dict, path: Path) -> ModelConfig:
+def _from_hf(raw: dict, path: Path) -> dict:
+    """The fields of a ModelConfig."""
     kind = raw["model_type"]
     for key in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
                 "num_attention_heads"):  # fmt: skip
@@ -103,12 +107,12 @@ def _from_hf(raw: dict, path: Path) -> ModelConfig:
         raise UserError(f"{path}: partial_rotary_factor {share} is not supported, 1.0 expected")
     heads = raw["num_attention_heads"]
     bias = bool(raw.get("attention_bias", False))
-    window, kinds = _windows(raw)
+    window, kinds = _windows(raw, path)
     first = lambda value: next(iter(value), None) if isinstance(value, list) else value  # noqa: E731
     layers = {"layer_types": kinds}
     if kind in HYBRIDS:
         layers = hf_hybrids.from_config(raw, path)
-    return ModelConfig(
+    return dict(
         vocab_size=raw["vocab_size"],
         hidden_size=raw["hidden_size"],
         intermediate_size=raw["intermediate_size"],
@@ -161,14 +165,14 @@ def _rope(raw: dict, path: Path) -> tuple[dict, float]:
     return next(iter(found.values()), {}), float(theta)
 
 
-def _windows(raw: dict) -> tuple[int, object]:
+def _windows(raw: dict, path: Path) -> tuple[int, object]:
     """(window, layer types); qwen2/3 switch windows on from layer `max_window_layers`."""
     n = raw["num_hidden_layers"]
     if raw["model_type"] not in ("qwen2", "qwen3") or not raw.get("use_sliding_window"):
         return 0, ["full_attention"] * n
     first = raw.get("max_window_layers", 28)
     if type(first) is not int:
-        raise UserError(f"max_window_layers: {first!r} found, a whole number expected")
+        raise UserError(f"{path}: max_window_layers is {first!r}, a whole number expected")
     kinds = raw.get("layer_types") or [
         "sliding_attention" if i >= first else "full_attention" for i in range(n)
     ]
@@ -178,10 +182,7 @@ def _windows(raw: dict) -> tuple[int, object]:
 
 def model_type(folder: str | Path) -> str:
     """What config.json says; UserError without one."""
-    path = Path(folder) / "config.json"
-    if not path.is_file():
-        raise no_model(folder)
-    return read_json(path).get("model_type", "")
+    return _config_json(folder).get("model_type", "")
 
 
 def tokenizer_spec(folder: str | Path) -> str:
@@ -189,9 +190,7 @@ def tokenizer_spec(folder: str | Path) -> str:
     folder = Path(folder)
     if (folder / "tokenizer.json").is_file():
         return str(folder)
-    if not (folder / "config.json").is_file():
-        raise no_model(folder)
-    name = read_json(folder / "config.json").get("retort_tokenizer")
+    name = _config_json(folder).get("retort_tokenizer")
     if not name or not isinstance(name, str):
         raise UserError(f"{folder}: no tokenizer.json; --tokenizer has to name one")
     return name

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from test_hf import FAMILIES, IDS, LLAMA3, edit_config, stock
 
 from config import UserError
-from hf import load_model, load_shape, read_config, save_model
+from hf import load_model, load_shape, read_config, save_model, tokenizer_spec
 
 
 def test_an_empty_list_of_ends_is_none(folder):
@@ -64,7 +64,7 @@ CONFIG_FAULTS = {
     ),
     "text for windows": (
         lambda c: c.update(model_type="qwen2", use_sliding_window=True, max_window_layers="1"),
-        "max_window_layers: '1'",
+        "max_window_layers is '1'",
     ),
     "number for types": (
         lambda c: c.update(model_type="qwen2", use_sliding_window=True, layer_types=-1),
@@ -81,7 +81,7 @@ CONFIG_FAULTS = {
     ),
     "true for windows": (
         lambda c: c.update(model_type="qwen2", use_sliding_window=True, max_window_layers=True),
-        "max_window_layers: True",
+        "max_window_layers is True",
     ),
     "heads do not divide": (lambda c: c.update(num_key_value_heads=3), "num_key_value_heads"),
     "odd head": (lambda c: c.update(head_dim=7), "head_dim"),
@@ -103,7 +103,7 @@ def folder(llama_folder, tmp_path):
 @pytest.mark.parametrize(("change", "named"), CONFIG_FAULTS.values(), ids=CONFIG_FAULTS)
 def test_config_that_is_refused(change, named, folder):
     edit_config(folder, change)
-    with pytest.raises(UserError, match=named):
+    with pytest.raises(UserError, match=rf"m/config\.json: .*{named}"):
         load_model(folder)
 
 
@@ -138,8 +138,14 @@ RETORT_FAULTS = [
 )
 def test_config_file_that_is_refused(text, named, folder):
     (folder / "config.json").write_text(text)
-    with pytest.raises(UserError, match=named):
+    with pytest.raises(UserError, match=rf"m/config\.json: .*{named}"):
         load_model(folder)
+
+
+def test_a_tokenizer_that_is_no_name_is_refused(tmp_path):
+    (tmp_path / "config.json").write_text('{"retort_tokenizer": 5}')
+    with pytest.raises(UserError, match=r"no tokenizer\.json; --tokenizer has to name one"):
+        tokenizer_spec(tmp_path)
 
 
 def test_one_file_goes_before_an_index(folder):
