@@ -369,8 +369,7 @@ class TrainConfig:
     save_every: int = opt(0, "steps between checkpoints; 0 = at stage ends only", low=0)
     async_save: bool = opt(False, "write checkpoints in the background, from a copy in memory")
     keep_checkpoints: int = opt(2, "checkpoints kept", low=2)
-    resume: str = opt("never", "never, auto (newest good checkpoint of --run), a run's folder, or "
-                      "a checkpoint")  # fmt: skip
+    resume: str = opt("never", "never, auto (newest good one of --run), or a run or checkpoint")
     tracker: str = opt("none", "where metrics go besides the run's folder",
                        choices=("none", "wandb", "tensorboard"))  # fmt: skip
     wandb_enabled: bool = opt(False, "the same as --tracker wandb")
