@@ -71,3 +71,10 @@ def hold(folder: Path) -> None:
     except OSError:
         pass
     _held[folder] = file
+
+
+def release(folder: Path) -> None:
+    """Let other processes in again."""
+    file = _held.pop(folder.resolve(), None)
+    if file is not None:
+        file.close()

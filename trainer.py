@@ -45,7 +45,7 @@ from ops.kernels import PACKAGES
 from optimizer import OptimizerSet, StepGuard, build_optimizer, lr_factor
 from order import Order
 from pace import Pace, quiet_gc
-from run_folder import hold, take_folder
+from run_folder import hold, release, take_folder
 from stage_plan import StagePlan
 from step_log import StepLog, flop_rates
 from watchdog import Watchdog
@@ -485,6 +485,7 @@ def open_profiler(run: Run, steps: int):
 
 
 def finish(run: Run) -> None:
-    """Close the log; all ranks leave together."""
+    """Close the log and let go of the folder; all ranks leave together."""
     barrier(run.world)
     run.logger.close()
+    release(run.folder)

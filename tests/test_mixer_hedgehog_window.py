@@ -138,9 +138,9 @@ def test_calibrate_changes_nothing():
 
 
 SHORT = [
-    *((test_mixers.test_prefill_and_decode_is_the_full_forward, (0, n)) for n in (1, 2, 66)),
-    (test_mixers.test_packed_documents_are_each_alone, (0,)),
-    (test_mixers.test_strictly_causal_and_reaches_every_later_token, (0,)),
+    *((test_mixers.test_prefill_and_decode_is_the_full_forward, (False, n)) for n in (1, 2, 66)),
+    (test_mixers.test_packed_documents_are_each_alone, (False,)),
+    (test_mixers.test_strictly_causal_and_reaches_every_later_token, (False,)),
     (test_mixers.test_memory_does_not_grow_with_the_context, ()),
     (test_mixers.test_bfloat16_autocast_stays_near_float32, ()),
 ]

@@ -19,9 +19,12 @@ from mixers.feature_maps import Hedgehog, feature_map
 every_map = pytest.mark.parametrize("name", FEATURE_MAPS)
 # (function of test_mixers.py, its arguments after the mixer's name)
 CHECKS = [
-    *((test_mixers.test_strictly_causal_and_reaches_every_later_token, (r,)) for r in (0, 1)),
-    *((test_mixers.test_packed_documents_are_each_alone, (r,)) for r in (0, 1)),
-    *((test_mixers.test_prefill_and_decode_is_the_full_forward, (1, n)) for n in (1, 66)),
+    *(
+        (test_mixers.test_strictly_causal_and_reaches_every_later_token, (r,))
+        for r in (False, True)
+    ),
+    *((test_mixers.test_packed_documents_are_each_alone, (r,)) for r in (False, True)),
+    *((test_mixers.test_prefill_and_decode_is_the_full_forward, (True, n)) for n in (1, 66)),
     (test_mixers.test_memory_does_not_grow_with_the_context, ()),
     (test_mixers.test_bfloat16_autocast_stays_near_float32, ()),
     (test_mixers.test_init_weights_leaves_nothing_unset, ()),

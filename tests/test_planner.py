@@ -100,6 +100,7 @@ def test_a_student_with_adapters_alone(tiny_teacher, tiny_data, tmp_path):
     layers, _, _, convert = students.preflight(cfg)
     assert not convert
     _, _, student, _ = students.build_models(cfg, layers, convert, CPU, torch.bfloat16)
+    students.narrow(student, torch.bfloat16)
     add_lora(student, cfg)
     assert stage.memory["student"] == bytes_of(student.parameters())
     assert stage.memory["student"] < 0.6 * bytes_of(p.float() for p in student.parameters())

@@ -42,7 +42,10 @@ def test_a_folder_that_another_process_is_in(refused, tiny_data, tmp_path):
         assert [p.name for p in (tmp_path / "a").iterdir()] == ["lock"]
         other.stdin.close()
     call_script("train", *flags)
-    run_folder.hold(tmp_path / "a")  # by this process already
+    assert (tmp_path / "a").resolve() not in run_folder._held
+    for _ in range(2):  # by this process already
+        run_folder.hold(tmp_path / "a")
+    run_folder.release(tmp_path / "a")
 
 
 def test_a_file_system_without_locks_stops_nothing(tmp_path, monkeypatch):
@@ -51,6 +54,7 @@ def test_a_file_system_without_locks_stops_nothing(tmp_path, monkeypatch):
 
     monkeypatch.setattr(run_folder.fcntl, "lockf", none)
     run_folder.hold(tmp_path / "a")
+    run_folder.release(tmp_path / "a")
 
     def taken(*_):
         raise BlockingIOError
