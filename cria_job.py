@@ -172,14 +172,18 @@ def refuse(cfg: DistillConfig) -> None:
 def prepare(cfg: DistillConfig, argv: list[str]) -> Job:
     """Check the flags, open the data; the run's folder, if there is one, must be of this run."""
     refuse(cfg)
-    if not cfg.run:
+    named = bool(cfg.run)
+    if not named:
         if this_process(cfg.device).size > 1:
             raise UserError("--run: none found; --cria under torchrun needs --run_name NAME")
-        cfg = dataclasses.replace(cfg, run=take_folder(cfg, "train_kd").name)
+        cfg = dataclasses.replace(cfg, run=run_folder(cfg, "train_kd").name)
     if not (run_folder(cfg, "") / "cria" / "cria.json").exists():
         check_run_folder(dataclasses.replace(cfg, resume="never"))  # another run's
     cfg = dataclasses.replace(cfg, resume="auto")
     layers, spec, student, _ = preflight(cfg)
+    if not named:  # not before: what is refused leaves no folder
+        new = dataclasses.replace(cfg, run="", resume="never")
+        cfg = dataclasses.replace(cfg, run=take_folder(new, "train_kd").name)
     ranks = this_process(cfg.device)
     world = World(0, 1, ranks.device)  # who trains a block
     tokenizer = load_tokenizer(spec)

@@ -317,7 +317,7 @@ def stage_memory(
         if weight.requires_grad and not in_place:
             work += 4 * weight.numel()
         work = max(work, after)
-        if m.world.size > 1 == m.shards and micro_batches > 1:  # DDP holds them, beside .grad
+        if m.world.size > 1 and m.shards == 1 and micro_batches > 1:  # DDP's, beside .grad
             parts["messages of gradients"] = gradients
     if cfg.async_save and not m.gpu:
         parts["copy for --async_save"] = sum(map(size, stage.tensors().values())) // m.world.size

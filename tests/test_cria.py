@@ -404,6 +404,15 @@ def test_what_cannot_be_is_refused(flags, refused, line, more, tmp_path):
     assert "no layer" in line or not (tmp_path / "x").exists()
 
 
+def test_runs_without_a_name(flags, refused, tmp_path, monkeypatch):
+    """Begun in one second each has a folder; one that is refused leaves none."""
+    monkeypatch.setattr("run_folder.time.strftime", lambda _: "now")
+    refused("train_kd", *flags("", "--cria=2", "--layers=99"))
+    assert not list(tmp_path.glob("train_kd-*"))
+    found = [job_of(flags("", "--cria=2")).folder.parent.name for _ in range(2)]
+    assert found == ["train_kd-now", "train_kd-now-2"]
+
+
 def test_the_stage_block_sees_the_rows_that_were_saved(flags):
     """With their repeated spans, in another order."""
     job = job_of(flags("a", "--cria=2", "--stages=align,block", "--align_repeat_rows=0.5",
